@@ -1,0 +1,28 @@
+# The two commands: `make demo` and `make test`. Both create .venv and install what they need.
+SUPPORTED := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))
+PYTHON ?= $(shell for p in python3.11 python3.12 python3; do $$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+SEED ?= 0
+OUT ?= runs/demo
+
+.PHONY: demo test lint
+
+.venv/.installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 or 3.12 with venv found; install one or run: make PYTHON=/path/to/python"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: .venv/.installed
+	$(BIN)/dare train recipes/tiny/llada_sft.yaml seed=$(SEED) --out $(OUT)/sft
+	$(BIN)/dare train recipes/tiny/llada_rl.yaml seed=$(SEED) model.path=$(OUT)/sft --out $(OUT)/rl
+	$(BIN)/dare report $(OUT)/rl --baseline $(OUT)/sft --out $(OUT)/report
+
+test: lint
+	$(BIN)/python -m pytest -n auto
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports

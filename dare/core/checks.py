@@ -1,0 +1,94 @@
+"""Checks of a recipe that need more than one section, without torch: impossible pairs and doubtful ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dare.core.errors import DareError
+from dare.core.recipe import Recipe
+from dare.core.registry import check_name
+
+
+def check(recipe: Recipe) -> list[str]:
+    """Warnings about doubtful settings. Raises DareError for settings that cannot work."""
+    check_name("executors", recipe.executor, where="executor")
+    if recipe.model.create is not None:
+        check_name("families", recipe.model.create.family, where="model.create.family")
+    algorithm = recipe.algorithm.type
+    warnings = _check_online(recipe, algorithm) if algorithm.kind == "online" else _check_offline(recipe)
+    _check_blocks(recipe)
+    if recipe.evaluation.num < 30 and recipe.task is not None:
+        warnings.append(f"evaluation.num {recipe.evaluation.num} gives intervals too wide to compare anything")
+    return warnings
+
+
+def _check_online(recipe: Recipe, algorithm: Any) -> list[str]:
+    name = recipe.algorithm.name
+    if recipe.task is None:
+        raise DareError(f"algorithm {name} trains on rewards", where="task", got="none", fix="add a task to the recipe")
+    if recipe.data is not None:
+        raise DareError(f"algorithm {name} trains on the task's problems", where="data", fix="remove the data section")
+    if recipe.decode.temperature == 0.0:
+        raise DareError(
+            "greedy rollouts make all completions of a prompt equal, so nothing can be learnt",
+            where="decode.temperature",
+            got=0.0,
+            fix="set decode.temperature, for example to 1.0; evaluation has its own temperature",
+        )
+    if recipe.train.completions_per_prompt < 2:
+        raise DareError(
+            "advantages compare the completions of a prompt, so there must be at least two",
+            where="train.completions_per_prompt",
+            got=recipe.train.completions_per_prompt,
+            fix="use 8 or more",
+        )
+    warnings = []
+    if algorithm.needs_step_map and recipe.decode.unmask in ("low_confidence", "threshold", "factor"):
+        warnings.append(
+            f"{name} replays the trace, but unmask: {recipe.decode.unmask} chooses positions by the sampled token, so the "
+            "trace likelihood is not exact; max_prob, entropy, margin and random are"
+        )
+    if recipe.decode.cache in ("prefix", "dual"):
+        warnings.append(f"decode.cache: {recipe.decode.cache} is approximate; rollouts differ from the trained policy")
+    if recipe.decode.top_k is not None or recipe.decode.top_p is not None:
+        warnings.append("top_k and top_p truncate the policy that samples, not the one that is scored")
+    return warnings
+
+
+def _check_offline(recipe: Recipe) -> list[str]:
+    if recipe.task is None and (recipe.data is None or recipe.data.path is None):
+        raise DareError(
+            "there is nothing to train on", where="data.path", got="none", fix="give data.path, or a task with answers"
+        )
+    if recipe.train.updates_per_rollout != 1:
+        raise DareError(
+            "offline training has no rollouts", where="train.updates_per_rollout", fix="remove it; train.steps counts steps"
+        )
+    return []
+
+
+def _check_blocks(recipe: Recipe) -> None:
+    """The schedule must fill the block length that will be used, as far as it is known without loading."""
+    decode = recipe.decode
+    block_length = decode.block_length or _known_block_length(recipe)
+    if block_length is None:
+        return
+    try:
+        decode.check_block(block_length)
+    except ValueError as error:
+        raise DareError(str(error), where="decode.steps_per_block") from None
+
+
+def _known_block_length(recipe: Recipe) -> int | None:
+    if recipe.model.create is not None:
+        return recipe.model.create.block_length
+    config = Path(recipe.model.path or "") / "config.json"
+    if not config.is_file():
+        return None
+    try:
+        value = json.loads(config.read_text(encoding="utf-8")).get("block_size")
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
+        return None  # loading reports it
+    return value if isinstance(value, int) else None

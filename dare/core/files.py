@@ -1,0 +1,116 @@
+"""Files that are whole or absent: written to a temporary name, synced, renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dare.core.errors import DareError
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by `text` atomically."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_directory(path.parent)
+
+
+def write_json(path: Path, data: Any) -> None:
+    write_text(path, json.dumps(data, indent=2, sort_keys=False) + "\n")
+
+
+@contextmanager
+def whole_directory(target: Path) -> Iterator[Path]:
+    """A temporary sibling of `target` to write into; it takes the place of `target` when the block succeeds.
+
+    If the block fails or the process dies, `target` is as it was.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+        for path in (*(p for p in temporary.rglob("*") if p.is_dir()), temporary):
+            sync_directory(path)
+        if target.exists():
+            old = target.with_name(f".{target.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            target.rename(old)
+            temporary.rename(target)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            temporary.rename(target)
+        sync_directory(target.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_json(path: Path, kind: str) -> Any:
+    """Parsed JSON. Raises DareError if the file is missing or malformed."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DareError(f"{kind} not found", where=str(path)) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DareError(f"{kind} is not valid JSON", where=str(path), got=str(error)) from None
+
+
+class JsonLines:
+    """An append-only log of one JSON object per line, flushed line by line, that can be cut back on resume."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("ab")
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
+        self._file.flush()
+
+    def size(self) -> int:
+        """Bytes on disk, after a sync."""
+        os.fsync(self._file.fileno())
+        return self.path.stat().st_size
+
+    def truncate(self, size: int) -> None:
+        """Forget everything after the first `size` bytes. Raises DareError if there are fewer."""
+        have = self.path.stat().st_size
+        if have < size:
+            raise DareError(
+                "the log is shorter than its checkpoint says", where=str(self.path), got=have, expected=f">= {size} bytes"
+            )
+        self._file.truncate(size)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_lines(path: Path, convert: Callable[[dict[str, Any]], Any] = dict) -> list[Any]:
+    """The whole lines of a JSON-lines log; a last line that is still being written is ignored."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8", errors="replace")
+    complete = text[: text.rfind("\n") + 1]
+    return [convert(json.loads(line)) for line in complete.splitlines() if line.strip()]

@@ -1,0 +1,76 @@
+"""The explicit tables: every plug-in is one row here, or an import path "package.module:Name" in a recipe.
+
+Rows are strings, so listing and checking never import a plug-in's dependencies.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, NamedTuple
+
+from dare.core.errors import DareError, unknown_name
+
+
+class Row(NamedTuple):
+    target: str  # "module:Name"
+    summary: str
+
+
+ALGORITHMS: dict[str, Row] = {
+    "sft": Row("dare.algorithms.sft:SFT", "supervised fine-tuning, 1/t-weighted ELBO (LLaDA; BD3-LM on block models)"),
+    "d1": Row("dare.algorithms.d1:D1", "diffu-GRPO: one-step mean-field token ratios with prompt noise"),
+    "coupled_grpo": Row("dare.algorithms.coupled_grpo:CoupledGRPO", "token ratios from coupled views (DiffuCoder)"),
+    "espo": Row("dare.algorithms.espo:ESPO", "sequence-level ratio of coupled ELBO estimates"),
+    "cj_grpo": Row("dare.algorithms.cj_grpo:CJGRPO", "token ratios replayed along the denoising trace"),
+}
+
+FAMILIES: dict[str, Row] = {
+    "llada": Row("dare.families.llada:LLADA", "LLaDA 8B Base, Instruct, 1.5: masked, full attention"),
+    "sdar": Row("dare.families.sdar:SDAR", "SDAR 1.7B, 4B, 8B and TraDo: block diffusion, block-causal attention"),
+}
+
+TASKS: dict[str, Row] = {
+    "countdown": Row("dare.tasks.countdown:Countdown", "reach a target number from given numbers (reasoning-gym)"),
+    "chain_sum": Row("dare.tasks.chain_sum:ChainSum", "sums and differences of several numbers (reasoning-gym)"),
+    "mini_sudoku": Row("dare.tasks.mini_sudoku:MiniSudoku", "4x4 sudoku (reasoning-gym)"),
+    "reasoning_gym": Row("dare.tasks.reasoning_gym:ReasoningGym", "any reasoning-gym dataset, its own question text"),
+}
+
+EXECUTORS: dict[str, Row] = {
+    "local": Row("dare.executors.local:LocalEngine", "one process, CPU or one GPU"),
+}
+
+TABLES: dict[str, dict[str, Row]] = {
+    "algorithms": ALGORITHMS,
+    "families": FAMILIES,
+    "tasks": TASKS,
+    "executors": EXECUTORS,
+}
+
+
+_SINGULAR = {"algorithms": "algorithm", "families": "family", "tasks": "task", "executors": "executor"}
+
+
+def check_name(table: str, name: str, *, where: str | None = None) -> str:
+    """The import target of a row or of a path "package.module:Name". Raises DareError for an unknown name."""
+    rows = TABLES[table]
+    if name in rows:
+        return rows[name].target
+    if ":" in name:
+        return name
+    raise unknown_name(_SINGULAR[table], name, rows, where=where)
+
+
+def resolve(table: str, name: str, *, where: str | None = None) -> Any:
+    """The object behind a table row or an import path.
+
+    Raises DareError for an unknown name or a path that does not import.
+    """
+    target = check_name(table, name, where=where)
+    module_name, _, attribute = target.partition(":")
+    try:
+        return getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise DareError(
+            f"cannot import '{target}'", where=where, got=f"{type(error).__name__}: {error}", fix="check the import path"
+        ) from error

@@ -1,0 +1,214 @@
+"""The tensors that cross borders. Axes: B samples, S canvas length, R views, K block length, V vocabulary.
+
+Canvas rule: left-aligned, right-padded. A completion is found by `is_completion_BS`, never by slicing at a
+column. Padding never changes a real position's logits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from dare.core.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+GIVEN = -1  # step map: the position was never masked (prompt, padding)
+UNSAMPLED = -2  # step map: still masked when the rollout ended
+
+
+def _check(owner: object, shape: tuple[int, ...], **fields: tuple[Tensor, Any]) -> None:
+    for name, (value, dtype) in fields.items():
+        if tuple(value.shape) != shape or value.dtype != dtype:
+            kind = type(owner).__name__
+            raise ValueError(f"{kind}.{name}: got {value.dtype} {tuple(value.shape)}, expected {dtype} {shape}")
+
+
+@dataclass
+class Canvas:
+    """Prompt + completion positions of B samples.
+
+    input_BS         int64  token ids; masked positions hold the mask id, padding the pad id
+    is_completion_BS bool   positions that a rollout may fill (terminal-block suffix included)
+    is_real_BS       bool   False at padding, which no real position attends to
+    block_BS         int64  block index on the family's grid; -1 before the first completion block of a
+                            completion grid; padding continues the grid and is hidden by is_real_BS
+    attention        "full" every real position sees every other; "block_causal" position i sees j iff
+                     block(j) <= block(i): such samples are scored with a clean second stream
+    """
+
+    input_BS: Tensor
+    is_completion_BS: Tensor
+    is_real_BS: Tensor
+    block_BS: Tensor
+    attention: Literal["full", "block_causal"]
+
+    def __post_init__(self) -> None:
+        shape = (int(self.input_BS.shape[0]), int(self.input_BS.shape[1]))
+        long, boolean = torch.int64, torch.bool
+        _check(
+            self,
+            shape,
+            input_BS=(self.input_BS, long),
+            is_completion_BS=(self.is_completion_BS, boolean),
+            is_real_BS=(self.is_real_BS, boolean),
+            block_BS=(self.block_BS, long),
+        )
+
+    @property
+    def batch_size(self) -> int:
+        return int(self.input_BS.shape[0])
+
+    @property
+    def length(self) -> int:
+        return int(self.input_BS.shape[1])
+
+    def rows(self, index: Tensor | slice) -> Canvas:
+        """The chosen rows, in that order."""
+        tensors = (self.input_BS, self.is_completion_BS, self.is_real_BS, self.block_BS)
+        return Canvas(*(tensor[index] for tensor in tensors), attention=self.attention)
+
+    @property
+    def is_blockwise(self) -> bool:
+        """Whether blocks are scored independently given the clean blocks before them."""
+        return self.attention == "block_causal"
+
+
+@dataclass
+class TraceBatch:
+    """What a rollout remembers: enough to rebuild every canvas it saw, bit for bit.
+
+    canvas       the final canvas (positions never sampled still hold the mask id)
+    step_map_BS  int64   0-based denoising step (of that row) at which the position took its final value;
+                         GIVEN where it was never masked, UNSAMPLED where it still is
+    logp_BS      float32 log-prob of the committed token on the canvas it was committed from, nats: full
+                         softmax of logits / temperature (temperature 1 when greedy), before top-k/top-p
+                         and with the mask token in the normaliser; i.e. what a trainer scores. 0 elsewhere
+    nfe_B        int64   denoising forwards the row took part in
+    is_eos_B     bool    whether the completion contains an EOS token (else it ran to its full length)
+    sample_id_B  int64   stable ids that key the randomness
+    temperature  the temperature that was sampled (0 = greedy)
+    is_exact     False if an approximation was on (stale caches); its name is in `decode`
+    decode       the decode options as plain data
+    """
+
+    canvas: Canvas
+    step_map_BS: Tensor
+    logp_BS: Tensor
+    nfe_B: Tensor
+    is_eos_B: Tensor
+    sample_id_B: Tensor
+    mask_id: int
+    eos_ids: tuple[int, ...]
+    temperature: float
+    is_exact: bool = True
+    weights_version: int = 0
+    decode: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.canvas.input_BS.shape)
+        _check(self, shape, step_map_BS=(self.step_map_BS, torch.int64), logp_BS=(self.logp_BS, torch.float32))
+        rows = (shape[0],)
+        _check(self, rows, nfe_B=(self.nfe_B, torch.int64), is_eos_B=(self.is_eos_B, torch.bool))
+        _check(self, rows, sample_id_B=(self.sample_id_B, torch.int64))
+
+
+@dataclass
+class Samples:
+    """What an algorithm trains on: rollouts or dataset rows.
+
+    is_scored_BS    bool    completion positions through the first EOS (the response mask); for dataset rows
+                            the positions that carry loss
+    sample_id_B     int64   stable ids that key the corruption
+    advantage_B     float32 zeros for dataset rows
+    group_B         int64   samples of one prompt share a group
+    step_map_BS     int64   None for dataset rows
+    rollout_logp_BS float32 the rollout's own log-probs at commit; None for dataset rows
+    """
+
+    canvas: Canvas
+    is_scored_BS: Tensor
+    sample_id_B: Tensor
+    advantage_B: Tensor
+    group_B: Tensor
+    mask_id: int
+    step_map_BS: Tensor | None = None
+    rollout_logp_BS: Tensor | None = None
+    rollout_temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.canvas.input_BS.shape)
+        _check(self, shape, is_scored_BS=(self.is_scored_BS, torch.bool))
+        rows = (shape[0],)
+        _check(self, rows, sample_id_B=(self.sample_id_B, torch.int64), group_B=(self.group_B, torch.int64))
+        _check(self, rows, advantage_B=(self.advantage_B, torch.float32))
+
+
+@dataclass
+class Views:
+    """Corrupted copies of samples with the positions to score. Views are data: drawn once, scored by all.
+
+    noisy_RS     int64   the network's input: masked positions hold the mask id
+    context_RS   int64   the clean stream that blocks before the noisy one are read from (block-causal
+                         samples only; equal to the sample unless the algorithm corrupts the context too)
+    target_RS    int64   token ids to score
+    is_target_RS bool    where to score
+    weight_RS    float32 the plan's weight of each scored log-prob; 0 where is_target_RS is False
+    sample_R     int64   row of `Samples` that the view belongs to
+    view_R       int64   index of the view within its sample (0-based)
+    """
+
+    noisy_RS: Tensor
+    context_RS: Tensor
+    target_RS: Tensor
+    is_target_RS: Tensor
+    weight_RS: Tensor
+    sample_R: Tensor
+    view_R: Tensor
+    temperature: float = 1.0  # logits are divided by it before the softmax
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.noisy_RS.shape)
+        long = torch.int64
+        _check(
+            self,
+            shape,
+            noisy_RS=(self.noisy_RS, long),
+            context_RS=(self.context_RS, long),
+            target_RS=(self.target_RS, long),
+            is_target_RS=(self.is_target_RS, torch.bool),
+            weight_RS=(self.weight_RS, torch.float32),
+        )
+        _check(self, (shape[0],), sample_R=(self.sample_R, long), view_R=(self.view_R, long))
+
+    @property
+    def num_views(self) -> int:
+        return int(self.noisy_RS.shape[0])
+
+    def rows(self, index: Tensor | slice) -> Views:
+        """The chosen views, in that order."""
+        changes = {f.name: getattr(self, f.name)[index] for f in dataclasses.fields(self) if f.name != "temperature"}
+        return dataclasses.replace(self, **changes)
+
+
+@dataclass
+class Metric:
+    """A mean with its denominator kept, so that means of parts add up to the mean of the whole."""
+
+    total: float
+    count: float
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.count if self.count else 0.0
+
+
+@dataclass
+class Loss:
+    """`value` is a 0-d tensor on the graph of the log-probs; metrics are detached."""
+
+    value: Tensor
+    metrics: dict[str, Metric] = field(default_factory=dict)
