@@ -64,7 +64,9 @@ def _check_offline(recipe: Recipe) -> list[str]:
         )
     if recipe.train.updates_per_rollout != 1:
         raise DareError(
-            "offline training has no rollouts", where="train.updates_per_rollout", fix="remove it; train.steps counts steps"
+            "offline training has no rollouts",
+            where="train.updates_per_rollout",
+            fix="remove it; train.steps counts steps",
         )
     return []
 

@@ -34,7 +34,9 @@ class Decode(Options):
     block_length: int | None = Field(None, ge=1, description="positions denoised together; default: the family's")
     steps_per_block: int | None = Field(None, ge=1, description="fixed schedule; default: one token per step")
     unmask: UnmaskPolicy = Field("low_confidence", description="which masked positions a step commits")
-    threshold: float | None = Field(None, ge=0.0, description="for unmask: threshold, confidence in (0, 1]; default 0.9")
+    threshold: float | None = Field(
+        None, ge=0.0, description="for unmask: threshold, confidence in (0, 1]; default 0.9"
+    )
     min_commit: int | None = Field(None, ge=1, description="for unmask: threshold, fewest tokens a step commits")
     factor: float | None = Field(None, gt=0.0, description="for unmask: factor (Fast-dLLM); default 1.0")
     entropy_bound: float | None = Field(None, gt=0.0, description="for unmask: entropy_bound, nats; default 0.35")
@@ -73,7 +75,9 @@ class Decode(Options):
             ("entropy_bound", "entropy_bound"),
         ):
             if getattr(self, field) is not None and self.unmask != policy:
-                raise ValueError(f"{field} needs unmask: {policy}, got unmask: {self.unmask}; remove {field} or change unmask")
+                raise ValueError(
+                    f"{field} needs unmask: {policy}, got unmask: {self.unmask}; remove {field} or change unmask"
+                )
         if self.threshold is not None and self.threshold > 1.0:
             raise ValueError(f"threshold is a probability, got {self.threshold}; choose a value in [0, 1]")
         if self.block_length is not None:

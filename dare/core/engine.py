@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from dare.core.decode import Decode
 from dare.core.rng import Key
+from dare.core.spec import FamilySpec
 from dare.core.types import Canvas, Samples, TraceBatch, Views
 
 if TYPE_CHECKING:
@@ -15,6 +16,11 @@ if TYPE_CHECKING:
 
 class Engine(Protocol):
     """Loops drive this and never know what is behind it. All tensors cross on the CPU of the driver."""
+
+    @property
+    def spec(self) -> FamilySpec:
+        """What the family is."""
+        ...
 
     def canvas(self, prompts: list[list[int]], completions: list[list[int]], block_length: int | None) -> Canvas:
         """Lay out token ids the way the family does (a pure function; no verb)."""

@@ -99,7 +99,10 @@ class JsonLines:
         have = self.path.stat().st_size
         if have < size:
             raise DareError(
-                "the log is shorter than its checkpoint says", where=str(self.path), got=have, expected=f">= {size} bytes"
+                "the log is shorter than its checkpoint says",
+                where=str(self.path),
+                got=have,
+                expected=f">= {size} bytes",
             )
         self._file.truncate(size)
 

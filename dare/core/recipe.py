@@ -193,7 +193,9 @@ def parse_recipe(data: dict[str, Any], *, where: str) -> Recipe:
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise DareError(f"recipe not found: {path}", fix="give the path of a YAML file; `dare list recipes` shows the shipped ones")
+        raise DareError(
+            f"recipe not found: {path}", fix="give the path of a YAML file; `dare list recipes` shows the shipped ones"
+        )
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -208,7 +210,9 @@ def _merge(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
     merged = dict(parent)
     for key, value in child.items():
         old = merged.get(key)
-        is_other_plugin = isinstance(value, dict) and isinstance(old, dict) and value.get("name") not in (None, old.get("name"))
+        is_other_plugin = (
+            isinstance(value, dict) and isinstance(old, dict) and value.get("name") not in (None, old.get("name"))
+        )
         if isinstance(value, dict) and isinstance(old, dict) and not is_other_plugin:
             merged[key] = _merge(old, value)
         else:

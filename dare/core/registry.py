@@ -72,5 +72,8 @@ def resolve(table: str, name: str, *, where: str | None = None) -> Any:
         return getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
         raise DareError(
-            f"cannot import '{target}'", where=where, got=f"{type(error).__name__}: {error}", fix="check the import path"
+            f"cannot import '{target}'",
+            where=where,
+            got=f"{type(error).__name__}: {error}",
+            fix="check the import path",
         ) from error

@@ -1,0 +1,59 @@
+"""What an algorithm is: which views to score, and how their log-probs become a scalar."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, ClassVar, Generic, Literal, TypeVar
+
+from dare.core.options import Options
+from dare.core.rng import Key
+from dare.core.types import Loss, Samples, Views
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+OptionsT = TypeVar("OptionsT", bound=Options)
+
+
+class Algorithm(ABC, Generic[OptionsT]):
+    """A plug-in: one file, one row of the table in `core.registry`.
+
+    It never sees a network, a tokenizer or an executor, and it never divides by anything but a denominator
+    of the whole batch it is given (one optimizer step), so results do not depend on micro-batches.
+    """
+
+    Config: ClassVar[type[Options]]
+    kind: ClassVar[Literal["online", "offline"]]  # trains on rollouts | on dataset rows
+    needs_step_map: ClassVar[bool] = False
+    is_linear: ClassVar[bool] = False  # loss is linear in logp: no scoring pass before the backward
+
+    def __init__(self, options: OptionsT) -> None:
+        self.options = options
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether `loss` reads the frozen reference policy's log-probs."""
+        return False
+
+    def advantages(self, reward_B: Tensor, group_B: Tensor) -> Tensor:
+        """float32 [B]; offline algorithms have none."""
+        raise TypeError(f"{type(self).__name__} does not train on rewards")
+
+    @abstractmethod
+    def corrupt(self, samples: Samples, key: Key) -> Views:
+        """The views of every sample, in sample-major order.
+
+        Each draw is keyed by (`key`, sample id, view, position): a sample's views do not depend on the other
+        samples or on padding. `key` differs between inner iterations.
+        """
+
+    @abstractmethod
+    def loss(
+        self, logp_RS: Tensor, old_RS: Tensor, reference_RS: Tensor | None, views: Views, samples: Samples
+    ) -> Loss:
+        """The loss of the whole batch.
+
+        logp_RS       float32 [R, S] with gradient; 0 where `views.is_target_RS` is False
+        old_RS        the same under the policy before this rollout's first update (no gradient)
+        reference_RS  the same under the frozen reference; None unless `needs_reference`
+        """

@@ -1,0 +1,55 @@
+"""What a rollout remembers, read back: the canvas before any step, the scored positions, the completions.
+
+A step map is enough to rebuild every canvas bit for bit, because a committed token never changes: before step t a
+row holds the tokens of steps < t and masks everywhere else in its completion.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dare.core.lazy import torch
+from dare.core.text import Completion
+from dare.core.types import UNSAMPLED, TraceBatch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def num_steps(trace: TraceBatch) -> int:
+    """Denoising steps of the row that took most; 0 if nothing was sampled."""
+    return max(int(trace.step_map_BS.max()) + 1, 0) if trace.step_map_BS.numel() else 0
+
+
+def canvas_before(trace: TraceBatch, step: int) -> Tensor:
+    """int64 [B, S]: what each row's own denoising step `step` (0-based) read, bit for bit.
+
+    Rows that took fewer steps are at their final canvas.
+    """
+    is_masked_BS = (trace.step_map_BS >= step) | (trace.step_map_BS == UNSAMPLED)
+    return torch.where(is_masked_BS, trace.mask_id, trace.canvas.input_BS)
+
+
+def scored_mask(trace: TraceBatch) -> Tensor:
+    """bool [B, S]: completion positions through the first EOS inclusive, all of them if there is no EOS."""
+    is_completion_BS = trace.canvas.is_completion_BS
+    eos_E = torch.tensor(trace.eos_ids, device=is_completion_BS.device)
+    is_eos_BS = torch.isin(trace.canvas.input_BS, eos_E) & is_completion_BS
+    num_eos_before_BS = is_eos_BS.long().cumsum(-1) - is_eos_BS.long()
+    return is_completion_BS & (num_eos_before_BS == 0)
+
+
+def to_completions(trace: TraceBatch) -> list[Completion]:
+    """One completion per row, in order, cut after the first EOS; `text` is None."""
+    is_scored_BS = scored_mask(trace)
+    length_B = is_scored_BS.sum(-1).tolist()
+    tokens = trace.canvas.input_BS[is_scored_BS].tolist()
+    steps = trace.step_map_BS[is_scored_BS].tolist()
+    logps = trace.logp_BS[is_scored_BS].tolist()
+    completions, start = [], 0
+    for length, nfe, has_eos in zip(length_B, trace.nfe_B.tolist(), trace.is_eos_B.tolist(), strict=True):
+        part = slice(start, start + length)
+        finish = "eos" if has_eos else "length"
+        completions.append(Completion(tokens[part], None, steps[part], logps[part], nfe, finish))
+        start += length
+    return completions

@@ -1,0 +1,130 @@
+"""Which masked positions a denoising step commits. B rows, K positions of each row's current block.
+
+A policy names the score that it ranks positions by and the rule that turns scores into commits; the table
+`POLICIES` at the end lists them all. Only masked positions are ever committed, and equal scores are committed from
+left to right, so a policy has one answer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from dare.core.decode import Decode
+from dare.core.errors import unknown_name
+from dare.core.lazy import torch
+from dare.diffusion.sampling import ScoreName
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Rule = Callable[["Tensor", "Tensor", "Tensor", Decode], "Tensor"]
+
+_THRESHOLD = 0.9
+_FACTOR = 1.0
+_ENTROPY_BOUND = 0.35
+
+
+def quota(num_masked_B: Tensor, num_steps: int, step_B: Tensor) -> Tensor:
+    """int64 [B]: tokens to commit at step `step_B` when `num_masked_B` masks are spread over `num_steps` steps.
+
+    The remainder goes to the first steps (LLaDA, `get_num_transfer_tokens`). A block that begins with the end of a
+    prompt has fewer masks than positions; SDAR's sampler plans for all positions instead and finishes it sooner.
+    """
+    return num_masked_B // num_steps + (step_B < num_masked_B % num_steps)
+
+
+def commits(policy: str, score_BK: Tensor, is_masked_BK: Tensor, quota_B: Tensor, decode: Decode) -> Tensor:
+    """bool [B, K]: the positions to commit, a subset of `is_masked_BK`.
+
+    score_BK  the score `POLICIES[policy].score`; ignored where not masked
+    quota_B   what the schedule asks for; policies that decide by themselves ignore it
+    Raises DareError for an unknown policy.
+    """
+    return find_policy(policy).rule(score_BK, is_masked_BK, quota_B, decode)
+
+
+def is_distribution_only(policy: str) -> bool:
+    """Whether positions are chosen without regard to the tokens that were sampled for them.
+
+    Only then is the likelihood of a trace the product of its tokens' probabilities: a choice that looks at the
+    candidates rejects some of them.
+    """
+    return find_policy(policy).score != "confidence"
+
+
+def find_policy(name: str) -> Policy:
+    """The row `name` of the table. Raises DareError for an unknown name."""
+    if name not in POLICIES:
+        raise unknown_name("unmask policy", name, POLICIES, where="decode.unmask")
+    return POLICIES[name]
+
+
+def _top_quota(score_BK: Tensor, is_masked_BK: Tensor, quota_B: Tensor, decode: Decode) -> Tensor:
+    """The `quota_B` best."""
+    return _best(score_BK, is_masked_BK, quota_B)
+
+
+def _above_threshold(score_BK: Tensor, is_masked_BK: Tensor, quota_B: Tensor, decode: Decode) -> Tensor:
+    """Every confidence above the threshold, and at least the `min_commit` best."""
+    threshold = _THRESHOLD if decode.threshold is None else decode.threshold
+    num_above_B = ((score_BK > threshold) & is_masked_BK).sum(-1)
+    return _best(score_BK, is_masked_BK, num_above_B.clamp(min=decode.min_commit or 1))
+
+
+def _by_factor(score_BK: Tensor, is_masked_BK: Tensor, quota_B: Tensor, decode: Decode) -> Tensor:
+    """The longest run of ranks r = 1, 2, ... with confidence >= 1 - factor / (r + 1); the first always passes.
+
+    Fast-dLLM (Wu et al. 2025), including a behaviour of its code: when only the very last rank fails, it is
+    committed too.
+    """
+    factor = decode.factor or _FACTOR
+    num_masked_B = is_masked_BK.sum(-1)
+    sorted_BK = score_BK.masked_fill(~is_masked_BK, -math.inf).sort(dim=-1, descending=True).values
+    rank_K = torch.arange(1, score_BK.shape[1] + 1, device=score_BK.device)
+    is_passing_BK = sorted_BK >= 1.0 - factor / (rank_K + 1.0)
+    is_passing_BK[:, 0] = True
+    num_passing_B = is_passing_BK.long().cumprod(-1).sum(-1)
+    is_last_failing_B = num_passing_B == num_masked_B - 1
+    return _best(score_BK, is_masked_BK, num_passing_B + is_last_failing_B)
+
+
+def _by_entropy_bound(score_BK: Tensor, is_masked_BK: Tensor, quota_B: Tensor, decode: Decode) -> Tensor:
+    """The lowest entropies while their sum stays below the bound, at least one (JetEngine; Ben-Hamu et al. 2025).
+
+    JetEngine takes entropies at the sampling temperature, we at temperature 1.
+    """
+    bound = decode.entropy_bound or _ENTROPY_BOUND
+    entropy_BK = (-score_BK).masked_fill(~is_masked_BK, math.inf).sort(dim=-1).values
+    num_below_B = (entropy_BK.cumsum(-1) < bound).sum(-1)
+    return _best(score_BK, is_masked_BK, num_below_B.clamp(min=1))
+
+
+def _best(score_BK: Tensor, is_masked_BK: Tensor, num_B: Tensor) -> Tensor:
+    """The `num_B` highest-scored masked positions of each row, or all that there are."""
+    order_BK = score_BK.masked_fill(~is_masked_BK, -math.inf).argsort(dim=-1, descending=True, stable=True)
+    is_chosen_BK = torch.arange(score_BK.shape[1], device=score_BK.device) < num_B[:, None]
+    return torch.zeros_like(is_masked_BK).scatter(-1, order_BK, is_chosen_BK) & is_masked_BK
+
+
+class Policy(NamedTuple):
+    """score  what positions are ranked by; "uniform" a keyed random number, "none" nothing: from left to right
+    rule      (score_BK, is_masked_BK, quota_B, decode) -> bool [B, K]
+    """
+
+    score: ScoreName | Literal["uniform", "none"]
+    rule: Rule
+
+
+POLICIES: dict[str, Policy] = {
+    "low_confidence": Policy("confidence", _top_quota),
+    "max_prob": Policy("max_prob", _top_quota),
+    "entropy": Policy("negative_entropy", _top_quota),
+    "margin": Policy("margin", _top_quota),
+    "random": Policy("uniform", _top_quota),
+    "left_to_right": Policy("none", _top_quota),
+    "threshold": Policy("confidence", _above_threshold),
+    "factor": Policy("confidence", _by_factor),
+    "entropy_bound": Policy("negative_entropy", _by_entropy_bound),
+}

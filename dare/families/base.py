@@ -1,0 +1,285 @@
+"""What a family is: a spec and a network. Everything else is shared and lives here.
+
+Shapes: B rows, S canvas length, T queries of one call, K keys, R views, N gathered positions, V vocabulary,
+D width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from dare.core.errors import DareError
+from dare.core.types import Canvas, Views
+from dare.diffusion import blocks
+from dare.families.config import Config, ModelSizes
+from dare.families.layers.attention import KVCache
+from dare.families.layers.head import linear_logp
+
+
+@dataclass(frozen=True)
+class FamilySpec:
+    """Everything by which families differ, besides the network."""
+
+    name: str
+    attention: Literal["full", "block_causal"]
+    block_grid: Literal["sequence", "completion"]
+    block_length: int  # the grid the checkpoint was trained with; for a full-attention family only a default
+    is_shifted: bool  # raw logits at position i score token i + 1; undone inside the family
+    mask_id: int
+    eos_ids: tuple[int, ...]
+    pad_id: int
+    vocab_size: int  # rows of the embedding and of the head
+    max_length: int
+
+
+class Network(nn.Module, ABC):
+    """The native transformer of a family; its parameters have the names of the official checkpoint."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    logit_scale: float
+
+    @abstractmethod
+    def forward(
+        self, ids_BT: Tensor, position_BT: Tensor, visible: Tensor | None, cache: KVCache | None = None
+    ) -> Tensor:
+        """Hidden states [B, T, D] after the final norm.
+
+        position_BT  rotary position of each token
+        visible      bool, broadcastable to [B, 1, T, K]; None = everything is visible. K = T without a cache,
+                     else the number of slots of the cache
+        cache        keys and values of this call are written at slot = position before attention reads all
+                     slots; a slot that is overwritten later simply holds the later value
+        """
+
+    @property
+    @abstractmethod
+    def head_weight(self) -> Tensor:
+        """[V, D]; raw logits are `hidden @ head_weight.T * logit_scale`."""
+
+    @abstractmethod
+    def is_residual_output(self, name: str) -> bool:
+        """Whether the parameter `name` writes into the residual stream; a new model starts with smaller ones."""
+
+
+@dataclass(frozen=True)
+class FamilyType:
+    """One row of the families table: how to recognise, describe and build its checkpoints.
+
+    matches      whether a config.json belongs to the family
+    spec         from config.json and generation_config.json (None if the checkpoint has none)
+    build        the network of a config.json; called on the meta device, so it must not compute with weights
+    tiny_config  a config.json, in official field names, for a new model
+    """
+
+    name: str
+    matches: Callable[[Config], bool]
+    spec: Callable[[Config, Config | None], FamilySpec]
+    build: Callable[[Config], Network]
+    tiny_config: Callable[[ModelSizes], Config]
+
+
+class Family:
+    """A network with everything it takes to lay out, run and score canvases. The only class that knows shifts,
+    attention masks and block grids; algorithms and rollouts see canvases, views and log-probs.
+    """
+
+    def __init__(
+        self, spec: FamilySpec, network: Network, config: Config, generation_config: Config | None = None
+    ) -> None:
+        if spec.is_shifted and spec.attention == "block_causal":
+            raise ValueError("a shifted block-causal family would score a block's first token from another block")
+        self.spec = spec
+        self.network = network
+        self.config = config
+        self.generation_config = generation_config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.network.head_weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.head_weight.device
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in the network; a tied head counts once."""
+        return sum(parameter.numel() for parameter in self.network.parameters())
+
+    def to(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Family:
+        """This family itself, its weights converted and moved in place."""
+        self.network.to(device=device, dtype=dtype)
+        return self
+
+    def canvas(self, prompts: list[list[int]], completions: list[list[int]], block_length: int | None = None) -> Canvas:
+        """Prompts and completions side by side, left-aligned, right-padded; on the CPU.
+
+        Raises DareError naming the row that is empty, too long for the model or holds an id it does not have.
+        """
+        if len(prompts) != len(completions):
+            raise ValueError(f"{len(prompts)} prompts, but {len(completions)} completions")
+        rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
+        for index, row in enumerate(rows):
+            self._check_row(index, row, len(prompts[index]))
+        width = max((len(row) for row in rows), default=0)
+        pad_id = self.spec.pad_id
+        input_BS = torch.tensor([row + [pad_id] * (width - len(row)) for row in rows]).long().view(len(rows), width)
+        prompt_length_B = torch.tensor([len(prompt) for prompt in prompts]).long()
+        length_B = torch.tensor([len(row) for row in rows]).long()
+        column_S = torch.arange(width)
+        # Padding continues the columns, so that its block ids continue the grid.
+        every_BS = torch.ones_like(input_BS, dtype=torch.bool)
+        is_real_BS = column_S < length_B[:, None]
+        return Canvas(
+            input_BS=input_BS,
+            is_completion_BS=is_real_BS & (column_S >= prompt_length_B[:, None]),
+            is_real_BS=is_real_BS,
+            block_BS=blocks.block_ids(
+                every_BS, prompt_length_B, self.spec.block_grid, self._block_length(block_length)
+            ),
+            attention=self.spec.attention,
+        )
+
+    def empty_canvas(self, prompts: list[list[int]], gen_length: int, block_length: int | None = None) -> Canvas:
+        """Prompts followed by at least `gen_length` masked positions.
+
+        On a "sequence" grid the completion is lengthened until prompt and completion fill whole blocks, as the
+        official SDAR sampler does. On a "completion" grid `gen_length` must be whole blocks (DareError).
+        """
+        length = self._block_length(block_length)
+        if self.spec.block_grid == "completion" and gen_length % length:
+            raise DareError(
+                "the completion must be whole blocks",
+                where="gen_length",
+                got=f"gen_length {gen_length}, block length {length}",
+                fix=f"use gen_length {gen_length + -gen_length % length}, or a block length that divides {gen_length}",
+            )
+        completions = []
+        for prompt in prompts:
+            total = len(prompt) + gen_length
+            filler = -total % length if self.spec.block_grid == "sequence" else 0
+            completions.append([self.spec.mask_id] * (gen_length + filler))
+        return self.canvas(prompts, completions, block_length)
+
+    def logits(self, input_ids_BS: Tensor, is_real_BS: Tensor | None = None, block_length: int | None = None) -> Tensor:
+        """float32 [B, S, V]: `logits[:, i]` scores the token at position i (a shift is undone).
+
+        is_real_BS    False at padding, on either side; it changes no real position's logits. None: no padding
+        block_length  another grid for a block-causal family, counted from the first real position; a
+                      full-attention family has no grid and ignores it
+        """
+        input_BS = input_ids_BS.to(self.device)
+        is_real_BS = torch.ones_like(input_BS, dtype=torch.bool) if is_real_BS is None else is_real_BS.to(self.device)
+        position_BS = blocks.positions(is_real_BS)
+        if self.spec.attention == "full":
+            visible = blocks.full_mask(is_real_BS)
+        else:
+            visible = blocks.block_causal_mask(position_BS // self._block_length(block_length), is_real_BS)
+        hidden_BSD = self.hidden(input_BS, position_BS, visible)
+        return self.row_logits(self._aligned(hidden_BSD, is_real_BS).flatten(0, 1)).view(*input_BS.shape, -1)
+
+    def view_logp(self, views: Views, canvas: Canvas) -> Tensor:
+        """float32 [R, S] on the family's device, differentiable: log-prob of each target, nats; 0 elsewhere.
+
+        canvas  R rows: row r lays out view r
+
+        Full attention: one forward of the noisy canvas. Block-causal: one forward of [noisy | context], which
+        scores every block given the context's blocks before it (BD3-LM, Arriola et al. 2025, section 3.2).
+        Logits exist only at targets, one chunk at a time.
+        """
+        if views.noisy_RS.shape != canvas.input_BS.shape:
+            raise ValueError(f"views are {tuple(views.noisy_RS.shape)}, their canvas {tuple(canvas.input_BS.shape)}")
+        if bool((views.is_target_RS & ~canvas.is_real_BS).any()):
+            raise ValueError("padding has no log-prob: is_target_RS is True where is_real_BS is False")
+        # Columns that are padding in every row cost time and change nothing.
+        length = int(canvas.is_real_BS.any(0).sum())
+        is_target_RS = views.is_target_RS[:, :length].to(self.device)
+        is_real_RS = canvas.is_real_BS[:, :length].to(self.device)
+        noisy_RS = views.noisy_RS[:, :length].to(self.device)
+        position_RS = blocks.positions(is_real_RS)
+        if canvas.is_blockwise:
+            context_RS = views.context_RS[:, :length].to(self.device)
+            visible = blocks.two_stream_mask(canvas.block_BS[:, :length].to(self.device), is_real_RS)
+            both = self.hidden(torch.cat([noisy_RS, context_RS], dim=1), position_RS.repeat(1, 2), visible)
+            hidden_RSD = both[:, :length]
+        else:
+            hidden_RSD = self.hidden(noisy_RS, position_RS, blocks.full_mask(is_real_RS))
+        target_N = views.target_RS[:, :length].to(self.device)[is_target_RS]
+        hidden_ND = self._aligned(hidden_RSD, is_real_RS)[is_target_RS]
+        scale = self.network.logit_scale / views.temperature
+        logp_N = linear_logp(hidden_ND, self.network.head_weight, target_N, scale)
+        logp_RS = torch.zeros(views.noisy_RS.shape, dtype=torch.float32, device=self.device)
+        row_N, column_N = is_target_RS.nonzero(as_tuple=True)
+        return logp_RS.index_put((row_N, column_N), logp_N)
+
+    def hidden(
+        self, ids_BT: Tensor, position_BT: Tensor, visible: Tensor | None, cache: KVCache | None = None
+    ) -> Tensor:
+        """Hidden states [B, T, D] after the final norm; see `Network.forward`."""
+        hidden_BTD: Tensor = self.network(ids_BT, position_BT, visible, cache)
+        return hidden_BTD
+
+    def row_logits(self, hidden_ND: Tensor) -> Tensor:
+        """float32 [N, V]: the head applied to hidden states."""
+        return (hidden_ND @ self.network.head_weight.T).float() * self.network.logit_scale
+
+    def cache(self, batch_size: int, length: int) -> KVCache:
+        """An empty cache of `length` slots for every row."""
+        network = self.network
+        return KVCache(
+            network.num_layers,
+            batch_size,
+            network.num_kv_heads,
+            length,
+            network.head_dim,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    def _aligned(self, hidden_BSD: Tensor, is_real_BS: Tensor) -> Tensor:
+        """Hidden states moved so that position i holds the one that scores token i.
+
+        A shifted network scores token i from position i - 1, and a row's first token from itself.
+        """
+        if not self.spec.is_shifted:
+            return hidden_BSD
+        column_S = torch.arange(hidden_BSD.shape[1], device=hidden_BSD.device)
+        first_B1 = is_real_BS.int().argmax(-1, keepdim=True)
+        source_BS = torch.where(column_S > first_B1, column_S - 1, column_S)
+        return hidden_BSD.gather(1, source_BS[..., None].expand_as(hidden_BSD))
+
+    def _block_length(self, block_length: int | None) -> int:
+        if block_length is None:
+            return self.spec.block_length
+        if block_length < 1:
+            raise DareError("a block has at least one position", where="block_length", got=block_length)
+        return block_length
+
+    def _check_row(self, index: int, row: list[int], prompt_length: int) -> None:
+        spec, where = self.spec, f"row {index}"
+        if not row:
+            raise DareError("a sample has neither a prompt nor a completion", where=where)
+        if len(row) > spec.max_length:
+            raise DareError(
+                "a sample is longer than the model can address",
+                where=where,
+                got=f"prompt {prompt_length} + completion {len(row) - prompt_length} = {len(row)} tokens",
+                expected=f"<= {spec.max_length} tokens",
+                fix="shorten the prompt or the completion",
+            )
+        if min(row) < 0 or max(row) >= spec.vocab_size:
+            raise DareError(
+                "a sample holds a token id that the model does not have",
+                where=where,
+                got=max(row) if min(row) >= 0 else min(row),
+                expected=f"0 <= id < {spec.vocab_size}",
+                fix="use the tokenizer that belongs to the checkpoint",
+            )

@@ -1,0 +1,82 @@
+"""Attention over an optional cache of keys and values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dare.families.layers.rope import Rotation, rotate
+
+
+class KVCache:
+    """Rotated keys and values of one batch, written in place: per layer two tensors [B, Hkv, S, hd].
+
+    Slot = position. Which slots a query may see is the caller's `visible` mask, so a noisy block can be
+    written and later overwritten by its clean version.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        batch_size: int,
+        num_kv_heads: int,
+        length: int,
+        head_dim: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        shape = (batch_size, num_kv_heads, length, head_dim)
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+
+    @property
+    def length(self) -> int:
+        return self.keys[0].shape[2]
+
+    def write(self, layer: int, key_BHTd: Tensor, value_BHTd: Tensor, slot_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Store keys and values at `slot_BT` (int64 [B, T]) and return all slots of the layer."""
+        index = slot_BT[:, None, :, None].expand_as(key_BHTd)
+        self.keys[layer].scatter_(2, index, key_BHTd)
+        self.values[layer].scatter_(2, index, value_BHTd)
+        return self.keys[layer], self.values[layer]
+
+    def rows(self, row_B: Tensor) -> KVCache:
+        """A copy with the chosen rows."""
+        chosen = object.__new__(KVCache)
+        chosen.keys = [key[row_B] for key in self.keys]
+        chosen.values = [value[row_B] for value in self.values]
+        return chosen
+
+
+def attend(query_BHTd: Tensor, key_BHKd: Tensor, value_BHKd: Tensor, visible: Tensor | None) -> Tensor:
+    """Scaled dot-product attention [B, H, T, hd]; grouped key/value heads are repeated as needed."""
+    is_grouped = query_BHTd.shape[1] != key_BHKd.shape[1]
+    return functional.scaled_dot_product_attention(
+        query_BHTd, key_BHKd, value_BHKd, attn_mask=visible, enable_gqa=is_grouped
+    )
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """What the attention of every layer shares in one forward; `position_BT` are also the slots of the cache."""
+
+    position_BT: Tensor
+    turn: Rotation
+    visible: Tensor | None
+    cache: KVCache | None
+
+
+def rotary_attention(
+    query_BTHd: Tensor, key_BTHd: Tensor, value_BTHd: Tensor, layer: int, call: AttentionCall
+) -> Tensor:
+    """[B, T, H * hd]: rotate queries and keys, store keys and values if there is a cache, attend."""
+    query = rotate(query_BTHd.transpose(1, 2), call.turn)
+    key = rotate(key_BTHd.transpose(1, 2), call.turn)
+    value = value_BTHd.transpose(1, 2)
+    if call.cache is not None:
+        key, value = call.cache.write(layer, key, value, call.position_BT)
+    return attend(query, key, value, call.visible).transpose(1, 2).flatten(2)

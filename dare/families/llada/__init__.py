@@ -1,0 +1,15 @@
+"""LLaDA 8B Base, Instruct and 1.5 (Nie et al. 2025): a masked model with full attention."""
+
+from __future__ import annotations
+
+from dare.families.base import FamilyType
+from dare.families.llada.config import family_spec, is_llada, new_config, read_shape
+from dare.families.llada.network import LLaDANetwork
+
+LLADA = FamilyType(
+    name="llada",
+    matches=is_llada,
+    spec=family_spec,
+    build=lambda config: LLaDANetwork(read_shape(config)),
+    tiny_config=new_config,
+)

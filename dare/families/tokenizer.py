@@ -1,0 +1,124 @@
+"""Text to token ids and back. Checkpoints bring their tokenizer; new models get one token per character.
+
+Tokenizers are `transformers` fast tokenizers (typed `Any`: the library is loaded when first used).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dare.core.errors import DareError
+from dare.core.text import Message, Prompt
+
+_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+_SPECIAL = {"pad_token": "<pad>", "eos_token": "<eos>", "mask_token": "<mask>"}
+
+
+def char_tokenizer(alphabet: str) -> Any:
+    """A `PreTrainedTokenizerFast` with one token per character of `alphabet`, then <pad>, <eos> and <mask>.
+
+    Ids follow the sorted characters, so they depend on the set only. Text never encodes to a special token, not even
+    the text "<eos>". Raises DareError for an empty alphabet.
+    """
+    from tokenizers import Regex, Tokenizer, decoders
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Split
+    from transformers import PreTrainedTokenizerFast
+
+    if not alphabet:
+        raise DareError("a character tokenizer needs at least one character")
+    tokens = [*sorted(set(alphabet)), *_SPECIAL.values()]
+    backend = Tokenizer(WordLevel({token: index for index, token in enumerate(tokens)}))
+    backend.pre_tokenizer = Split(Regex(r"[\s\S]"), behavior="isolated")
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, clean_up_tokenization_spaces=False, split_special_tokens=True, **_SPECIAL
+    )
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The tokenizer of a checkpoint folder; None if the folder holds no tokenizer files.
+
+    Raises DareError if the files cannot be read, or would need code from the checkpoint, which is never run.
+    """
+    from transformers import AutoTokenizer
+
+    folder = Path(path)
+    if not any((folder / name).is_file() for name in _FILES):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise DareError(
+            "the tokenizer cannot be loaded",
+            where=str(folder),
+            got=f"{type(error).__name__}: {error}",
+            expected="files of a tokenizer that transformers knows; code of a checkpoint is never run",
+        ) from error
+
+
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    """Ids of plain text; no special tokens are added. Raises DareError for a character outside the vocabulary."""
+    from tokenizers.models import WordLevel
+
+    if isinstance(tokenizer.backend_tokenizer.model, WordLevel):
+        _check_characters(tokenizer, text)
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    return ids
+
+
+def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """Ids of a prompt: text as it is, messages through the chat template, up to where the assistant begins.
+
+    Raises DareError if messages meet a tokenizer without a template, or one that refuses them.
+    """
+    if prompt.text is not None:
+        return encode_text(tokenizer, prompt.text)
+    return encode_messages(tokenizer, prompt.messages or (), is_open=True, where=prompt.uid)
+
+
+def encode_completion(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a completion, without EOS."""
+    return encode_text(tokenizer, text)
+
+
+def encode_messages(
+    tokenizer: Any, messages: Iterable[Message], *, is_open: bool, where: str | None = None
+) -> list[int]:
+    """Ids of a conversation; `is_open` adds the header of an assistant turn. Errors as in `encode_prompt`."""
+    from jinja2 import TemplateError
+
+    if not tokenizer.chat_template:
+        raise DareError(
+            "chat messages need a chat template, and this tokenizer has none",
+            where=where,
+            fix="use plain text instead of messages, or a checkpoint that was tuned for chat",
+        )
+    plain = [dict(message) for message in messages]
+    try:
+        ids: list[int] = tokenizer.apply_chat_template(plain, add_generation_prompt=is_open, return_dict=False)
+    except TemplateError as error:
+        roles = ", ".join(message.get("role", "?") for message in plain)
+        raise DareError(f"the chat template refuses the messages: {error}", where=where, got=f"roles {roles}") from None
+    return ids
+
+
+def decode(tokenizer: Any, ids: Sequence[int], *, has_special: bool = False) -> str:
+    """The text of token ids; `has_special` keeps special tokens visible."""
+    text: str = tokenizer.decode(list(ids), skip_special_tokens=not has_special, clean_up_tokenization_spaces=False)
+    return text
+
+
+def _check_characters(tokenizer: Any, text: str) -> None:
+    """A character tokenizer has no token for the unknown: dropping or replacing characters would change the problem."""
+    known = {token for token in tokenizer.get_vocab() if token not in tokenizer.all_special_tokens}
+    unknown = sorted(set(text) - known)
+    if unknown:
+        raise DareError(
+            f"the character {unknown[0]!r} is not in the vocabulary",
+            where=repr(text if len(text) <= 80 else text[:77] + "..."),
+            got=f"unknown characters {''.join(unknown)!r}",
+            expected=f"only {''.join(sorted(known))!r}",
+        )

@@ -1,0 +1,214 @@
+"""Checkpoints in the Hugging Face layout to native families and back: strict, streaming, without foreign code.
+
+`auto_map` and everything else that a native network does not need stays in the config and is saved with it, but
+is never executed.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import nn
+
+from dare.core.errors import DareError
+from dare.core.files import read_json, write_json
+from dare.core.registry import FAMILIES, resolve
+from dare.core.rng import Key
+from dare.families.base import Family, FamilyType, Network
+from dare.families.config import Config, ModelSizes
+from dare.families.hub import resolve_checkpoint as resolve_checkpoint
+from dare.families.shards import WEIGHTS_NAME, Shards
+
+_CONFIG_NAME = "config.json"
+_GENERATION_NAME = "generation_config.json"
+_DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+def load_family(path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Family:
+    """The family of a checkpoint folder, its weights in `dtype` (None: the stored one) on `device`.
+
+    Beyond the finished network one tensor at a time is in memory. Raises DareError for a folder that is no whole
+    checkpoint of a known family: the config, the files and every tensor's name and shape are checked first.
+    """
+    folder = Path(path)
+    config = _read_config(folder / _CONFIG_NAME)
+    generation_path = folder / _GENERATION_NAME
+    generation_config = _read_config(generation_path) if generation_path.is_file() else None
+    family_type = find_family_type(config, where=str(folder / _CONFIG_NAME))
+    try:
+        spec = family_type.spec(config, generation_config)
+        network = _build(family_type, config)
+    except DareError as error:
+        raise error.inside(str(folder)) from None
+    shards = Shards(folder)
+    _check_names(network, shards)
+    network.to(dtype=dtype or _stored_dtype(shards)).to_empty(device=device)
+    _fill(network, shards)
+    return Family(spec, network, config, generation_config)
+
+
+def load_weights(family: Family, folder: Path) -> None:
+    """Overwrite the weights of `family` in place; its dtype and device stay. Raises DareError like `load_family`."""
+    shards = Shards(folder)
+    _check_names(family.network, shards)
+    _fill(family.network, shards)
+
+
+def save_family(family: Family, directory: Path, dtype: torch.dtype | None = None) -> None:
+    """Write config.json, generation_config.json (if there is one) and model.safetensors into `directory`.
+
+    Names are the official ones, a tied head is not stored, fields of the config that were not touched are kept.
+    The bytes depend on nothing but the weights, the config and `dtype` (None: the family's). Raises DareError if
+    the weights cannot be written.
+    """
+    stored = dtype or family.dtype
+    tensors = {
+        name: tensor.detach().to(device="cpu", dtype=stored).contiguous()
+        for name, tensor in family.network.state_dict().items()
+    }
+    config = copy.deepcopy(family.config)
+    # transformers 5 renamed the field; whichever a checkpoint has is kept.
+    config["dtype" if "dtype" in config else "torch_dtype"] = _DTYPE_NAMES[stored]
+    path = directory / WEIGHTS_NAME
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except (SafetensorError, OSError) as error:
+        raise DareError("the weights cannot be written", where=str(path), got=str(error)) from None
+    write_json(directory / _CONFIG_NAME, config)
+    if family.generation_config is not None:
+        write_json(directory / _GENERATION_NAME, family.generation_config)
+
+
+def create_family(
+    name: str,
+    *,
+    vocab_size: int,
+    hidden_size: int,
+    num_layers: int,
+    num_heads: int,
+    mlp_size: int,
+    max_length: int,
+    mask_id: int,
+    eos_id: int,
+    pad_id: int,
+    seed: int,
+    num_kv_heads: int | None = None,
+    block_length: int | None = None,
+    tie_embeddings: bool = False,
+) -> Family:
+    """A new float32 model of family `name` on the CPU, with initial weights that depend on nothing but `seed`.
+
+    Raises DareError for an unknown family or sizes that do not fit together.
+    """
+    family_type: FamilyType = resolve("families", name, where="family")
+    config = family_type.tiny_config(
+        ModelSizes(
+            vocab_size=vocab_size,
+            hidden_size=hidden_size,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            mlp_size=mlp_size,
+            max_length=max_length,
+            mask_id=mask_id,
+            eos_id=eos_id,
+            pad_id=pad_id,
+            block_length=block_length,
+            tie_embeddings=tie_embeddings,
+        )
+    )
+    spec = family_type.spec(config, None)
+    network = _build(family_type, config).to_empty(device="cpu")
+    _initialise(network, Key(seed))
+    return Family(spec, network, config)
+
+
+def find_family_type(config: Config, *, where: str) -> FamilyType:
+    """The row of the families table whose checkpoints have this config. Raises DareError if there is none."""
+    for name in FAMILIES:
+        family_type: FamilyType = resolve("families", name)
+        if family_type.matches(config):
+            return family_type
+    raise DareError(
+        "this checkpoint is of no known family",
+        where=where,
+        got=f"model_type {config.get('model_type')}, architectures {config.get('architectures')}",
+        expected=f"a checkpoint of {', '.join(FAMILIES)}",
+    )
+
+
+def _build(family_type: FamilyType, config: Config) -> Network:
+    """The network on the meta device: shapes only, so no time, memory or random numbers are spent on it."""
+    with torch.device("meta"):
+        return family_type.build(config)
+
+
+def _read_config(path: Path) -> Config:
+    config = read_json(path, "model config" if path.name == _CONFIG_NAME else "generation config")
+    if not isinstance(config, dict):
+        raise DareError("a config is a JSON object", where=str(path), got=type(config).__name__)
+    return config
+
+
+def _check_names(network: Network, shards: Shards) -> None:
+    """Every tensor of the network is stored with its shape, and nothing else is stored; or one DareError."""
+    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    found = shards.shapes
+    missing = [name for name in expected if name not in found]
+    unexpected = [name for name in found if name not in expected]
+    misshapen = [
+        f"{name} (got {list(found[name])}, expected {list(shape)})"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    problems = [
+        f"{len(names)} {kind}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+        for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
+        if names
+    ]
+    if problems:
+        raise DareError(
+            "the stored tensors are not those that the config describes",
+            where=str(shards.folder),
+            got="; ".join(problems),
+            expected=f"{len(expected)} tensors",
+        )
+
+
+def _stored_dtype(shards: Shards) -> torch.dtype:
+    if len(shards.dtypes) != 1:
+        names = ", ".join(sorted(_DTYPE_NAMES[dtype] for dtype in shards.dtypes))
+        raise DareError(
+            "the weights are stored in several dtypes", where=str(shards.folder), got=names, fix="choose one with dtype"
+        )
+    (dtype,) = shards.dtypes
+    return dtype
+
+
+def _fill(network: Network, shards: Shards) -> None:
+    target = network.state_dict()  # shares memory with the parameters
+    for name, tensor in shards.tensors():
+        target[name].copy_(tensor)
+
+
+def _initialise(network: Network, key: Key) -> None:
+    """Normal weights of standard deviation fan_in ** -0.5, norms at 1.
+
+    The matrices that write into the residual stream are divided by sqrt(their number), so that its variance does
+    not grow with depth (GPT-2). Each parameter has its own stream, named after it.
+    """
+    num_residual = sum(network.is_residual_output(name) for name, _ in network.named_parameters())
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if parameter.dim() == 1:
+                nn.init.ones_(parameter)
+                continue
+            std = parameter.shape[1] ** -0.5
+            if network.is_residual_output(name):
+                std *= num_residual**-0.5
+            generator = torch.Generator().manual_seed(key.fold("parameter", name).python_seed())
+            parameter.normal_(0.0, std, generator=generator)

@@ -1,0 +1,32 @@
+"""The clipped policy-gradient surrogate (PPO, Schulman et al. 2017, equation 7), evaluated in the log domain."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from dare.core.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def clipped_surrogate(
+    log_ratio: Tensor, advantage: Tensor, eps_low: float, eps_high: float, dual_clip: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """The objective to maximise for each item, and whether its clip binds (bool); both of the broadcast shape.
+
+    min(r A, clip(r, 1 - eps_low, 1 + eps_high) A) with r = exp(log_ratio) is exp(log_ratio capped on one side) A: from
+    above where A >= 0, from below where A < 0. So an item that is clipped never computes its ratio, and cannot
+    overflow. An item exactly on the bound keeps its gradient, which is what makes eps = 0 train on policy.
+
+    dual_clip  > 1: where A < 0 the ratio is capped at this value too, so that the objective is at least dual_clip * A
+               (Ye et al. 2020)
+    """
+    is_up = advantage >= 0
+    cap = math.inf if dual_clip is None else math.log(dual_clip)
+    high = torch.where(is_up, torch.full_like(log_ratio, math.log1p(eps_high)), cap)
+    low = torch.where(is_up, torch.full_like(log_ratio, -math.inf), math.log1p(-eps_low))
+    is_clipped = (log_ratio > high) | (log_ratio < low)
+    bound = torch.where(log_ratio > high, high, low)
+    return torch.where(is_clipped, bound, log_ratio).exp() * advantage, is_clipped
