@@ -1,0 +1,141 @@
+"""The Python API: load a checkpoint, look at logits, generate, measure likelihoods, save."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from dare.core.decode import Decode
+from dare.core.errors import DareError
+from dare.core.files import whole_directory
+from dare.core.recipe_errors import explain
+from dare.core.rng import Key, stable_id
+from dare.core.text import Completion, Message, Prompt
+from dare.diffusion.trace import to_completions
+from dare.evals.likelihood import log_likelihood
+from dare.families.base import Family
+from dare.families.tokenizer import decode as decode_text
+from dare.families.tokenizer import encode_completion, encode_prompt, load_tokenizer
+from dare.families.weights import load_family, resolve_checkpoint, save_family
+from dare.rollout.engine import denoise
+from dare.train.checkpoint import resolve_model_path
+
+PromptLike = str | Sequence[int] | Sequence[Message]
+
+
+def load(path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Model:
+    """A model from a checkpoint folder, a run folder (its newest checkpoint) or a hub id.
+
+    dtype  None keeps the checkpoint's own. A folder without a tokenizer works with token ids.
+    Raises DareError for anything that is not a whole checkpoint of a known family.
+    """
+    folder = resolve_checkpoint(resolve_model_path(str(path)))
+    family = load_family(folder, dtype, torch.device(device))
+    return Model(family, load_tokenizer(folder))
+
+
+class Model:
+    """A diffusion language model and its tokenizer (None: token ids only)."""
+
+    def __init__(self, family: Family, tokenizer: Any = None) -> None:
+        self.family = family
+        self.tokenizer = tokenizer
+
+    def logits(self, input_ids: Tensor, is_real: Tensor | None = None, block_length: int | None = None) -> Tensor:
+        """float32 [B, S, V]; `logits[:, i]` scores the token at position i (a family's shift is undone).
+
+        input_ids     int64 [B, S], masked positions holding the mask id
+        is_real       bool [B, S], False at padding on either side, which changes no real position's logits
+        block_length  overrides the grid of a block model; None = the family's own attention
+        """
+        with torch.no_grad():
+            return self.family.logits(input_ids, is_real, block_length)
+
+    def generate(
+        self,
+        prompts: Sequence[PromptLike],
+        *,
+        seed: int = 0,
+        on_step: Callable[[Any], None] | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+        **decode: Any,
+    ) -> list[Completion]:
+        """One completion per prompt; options as in `dare.core.decode.Decode`.
+
+        prompts  token ids, text (encoded as it is) or chat messages (rendered with the checkpoint's template)
+        A completion depends on (weights, its prompt, seed, options), not on the other prompts or their order;
+        equal prompts in one call are numbered and differ at temperature > 0.
+        Raises DareError for unknown options or a prompt that does not fit.
+        """
+        try:
+            options = Decode.model_validate(decode)
+        except ValidationError as error:
+            raise explain(error, Decode, where="decode options") from None
+        if isinstance(prompts, str):
+            raise DareError("prompts is a list", got="one string", fix="model.generate([text], ...)")
+        ids = [self._encode(prompt) for prompt in prompts]
+        seen: Counter[tuple[int, ...]] = Counter()
+        sample_ids = []
+        for row in ids:
+            content = tuple(row)
+            sample_ids.append(stable_id("prompt", *content, "copy", seen[content]))
+            seen[content] += 1
+        key = Key(seed).fold("generate")
+        trace = denoise(self.family, ids, options, key, sample_ids, on_step=on_step, on_progress=on_progress)
+        return [self._with_text(completion) for completion in to_completions(trace)]
+
+    def log_likelihood(
+        self, context: str | Sequence[int], completion: str | Sequence[int], num_samples: int = 128, seed: int = 0
+    ) -> float:
+        """Monte-Carlo ELBO of `completion` given `context`, in nats (a lower bound, summed over its tokens).
+
+        Exact-count masks stratified over all `num_samples` draws (LLaDA, Nie et al. 2025, eq. 6; block models: the
+        sum of block ELBOs); an exact value for one token. See `dare.evals.likelihood`.
+        """
+        context_ids = self._encode(context)
+        if isinstance(completion, str):
+            completion_ids = encode_completion(self._require_tokenizer(), completion)
+        else:
+            completion_ids = list(completion)
+        return log_likelihood(self.family, context_ids, completion_ids, num_samples, Key(seed))
+
+    def save(self, path: str | Path) -> Path:
+        """Write a HF-layout checkpoint folder, atomically; an existing folder is replaced as a whole."""
+        with whole_directory(Path(path)) as temporary:
+            save_family(self.family, temporary)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(temporary)
+        return Path(path)
+
+    def _encode(self, prompt: PromptLike) -> list[int]:
+        if isinstance(prompt, str):
+            return encode_prompt(self._require_tokenizer(), Prompt(uid="", text=prompt))
+        items = list(prompt)
+        if items and isinstance(items[0], dict):
+            messages = tuple(item for item in items if isinstance(item, dict))
+            return encode_prompt(self._require_tokenizer(), Prompt(uid="", messages=messages))
+        return [int(item) for item in items]  # type: ignore[call-overload]
+
+    def _with_text(self, completion: Completion) -> Completion:
+        if self.tokenizer is None:
+            return completion
+        text = decode_text(self.tokenizer, completion.tokens)
+        return Completion(
+            tokens=completion.tokens,
+            text=text,
+            step_map=completion.step_map,
+            logp=completion.logp,
+            nfe=completion.nfe,
+            finish=completion.finish,
+        )
+
+    def _require_tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            raise DareError("this checkpoint has no tokenizer", fix="give token ids instead of text or messages")
+        return self.tokenizer

@@ -1,0 +1,95 @@
+"""Checkpoints: a HF-layout folder that anything can load, plus `trainer/` for an exact resume.
+
+    checkpoints/step-000100/
+      config.json  model.safetensors  tokenizer files
+      trainer/optimizer.safetensors   moments, step count, fp32 masters of low-precision weights
+      trainer/state.json              step, seed, byte length of every log, size of every file here
+
+Randomness and the position in the data are functions of (seed, step), so the step is all there is to store.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dare.core.engine import Engine
+from dare.core.errors import DareError
+from dare.core.files import read_json, whole_directory, write_json
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """`step` steps are done; `log_bytes` is how long each log was then."""
+
+    step: int
+    seed: int
+    log_bytes: dict[str, int]
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def save_checkpoint(directory: Path, engine: Engine, tokenizer: Any, state: TrainerState, keep_last: int) -> Path:
+    """Write `directory/step-NNNNNN` atomically, then delete all but the newest `keep_last` checkpoints."""
+    target = directory / checkpoint_name(state.step)
+    with whole_directory(target) as temporary:
+        (temporary / "trainer").mkdir()
+        engine.save(temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        sizes = {str(p.relative_to(temporary)): p.stat().st_size for p in sorted(temporary.rglob("*")) if p.is_file()}
+        write_json(
+            temporary / "trainer" / "state.json",
+            {"format": _FORMAT, "step": state.step, "seed": state.seed, "log_bytes": state.log_bytes, "files": sizes},
+        )
+    for old in list_checkpoints(directory)[:-keep_last]:
+        shutil.rmtree(old)
+    return target
+
+
+def list_checkpoints(directory: Path) -> list[Path]:
+    """Finished checkpoints, oldest first."""
+    return sorted(path for path in directory.glob("step-*") if path.is_dir())
+
+
+def read_state(checkpoint: Path) -> TrainerState:
+    """The trainer state of a checkpoint, after checking that every file has the size it was written with.
+
+    Raises DareError for a checkpoint that has no trainer state, is truncated or is from another version.
+    """
+    path = checkpoint / "trainer" / "state.json"
+    if not path.is_file():
+        raise DareError(
+            "this checkpoint cannot be resumed: it holds weights but no trainer state",
+            where=str(checkpoint),
+            fix="start a new run from it with model.path",
+        )
+    data = read_json(path, "trainer state")
+    if not isinstance(data, dict) or data.get("format") != _FORMAT:
+        got = data.get("format") if isinstance(data, dict) else type(data).__name__
+        raise DareError("the trainer state has an unknown format", where=str(path), got=got, expected=_FORMAT)
+    for name, size in data["files"].items():
+        file = checkpoint / name
+        have = file.stat().st_size if file.is_file() else "no file"
+        if have != size:
+            raise DareError("the checkpoint is damaged", where=str(file), got=have, expected=f"{size} bytes")
+    return TrainerState(step=data["step"], seed=data["seed"], log_bytes=data["log_bytes"])
+
+
+def resolve_model_path(path: str) -> str:
+    """The checkpoint that `path` means: a run folder stands for its newest checkpoint, anything else for itself."""
+    checkpoints = Path(path) / "checkpoints"
+    if not checkpoints.is_dir():
+        return path
+    found = list_checkpoints(checkpoints)
+    if not found:
+        raise DareError(
+            "the run has no checkpoint yet", where=path, fix="wait for its first save, or set checkpoint.every"
+        )
+    return str(found[-1])

@@ -1,0 +1,131 @@
+"""The RL loop.
+
+prompts -> generate G completions each -> rewards -> advantages
+        -> views of mu inner iterations, drawn and scored before any step
+        -> mu x (loss on log-probs, replayed backward, optimizer step) -> publish
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+
+from dare.algorithms.base import Algorithm
+from dare.core.engine import Engine
+from dare.core.recipe import Recipe
+from dare.core.rng import Key, stable_id
+from dare.core.text import Prompt
+from dare.core.types import Samples, TraceBatch
+from dare.diffusion.trace import scored_mask
+from dare.evals.runner import Scored, as_record, evaluate_task, score_trace
+from dare.families.tokenizer import encode_prompt
+from dare.rollout.stats import rollout_stats
+from dare.tasks.base import Task
+from dare.train.data import row_indices
+from dare.train.session import Session
+from dare.train.update import plan_iterations, update
+
+
+def run_online(session: Session, engine: Engine, algorithm: Algorithm[Any], task: Task[Any], tokenizer: Any) -> None:
+    """Train on rewards from `session.first_step` to the end, evaluating, logging and saving on the way."""
+    recipe, key = session.recipe, Key(session.recipe.seed)
+    if session.first_step == 0 and recipe.evaluation.at_start:
+        evaluate_held_out(session, engine, task, tokenizer, step=0)
+    for step in range(session.first_step + 1, recipe.train.steps + 1):
+        prompts = _prompts_of_step(recipe, task, step, key)
+        with session.phase("rollout"):
+            ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+            sample_ids = [stable_id(prompt.uid, row) for row, prompt in enumerate(prompts)]
+            trace = engine.generate(ids, recipe.decode, key.fold("rollout", step), sample_ids)
+        with session.phase("reward"):
+            scored = score_trace(task, prompts, trace, tokenizer)
+            samples = build_samples(algorithm, trace, scored, recipe.train.completions_per_prompt)
+        with session.phase("update"):
+            num = recipe.train.updates_per_rollout
+            iterations = plan_iterations(engine, algorithm, samples, key.fold("views", step), num)
+            updates = [update(engine, algorithm, samples, iteration) for iteration in iterations]
+            engine.publish()
+        metrics = {**rollout_metrics(trace, scored, samples), **_mean(updates)}
+        session.record_step(step, metrics, num_tokens=int(samples.is_scored_BS.sum()))
+        if session.is_due(recipe.log.samples_every, step):
+            _show_samples(session, step, scored, tokenizer)
+        if session.is_due(recipe.evaluation.every, step):
+            evaluate_held_out(session, engine, task, tokenizer, step)
+        if session.is_due(recipe.checkpoint.every, step):
+            session.save(step, engine, tokenizer)
+
+
+def build_samples(
+    algorithm: Algorithm[Any], trace: TraceBatch, scored: list[Scored], completions_per_prompt: int
+) -> Samples:
+    """Rollouts as training samples; rows are group-major."""
+    reward_B = torch.tensor([item.reward.value for item in scored], dtype=torch.float32)
+    group_B = torch.arange(len(scored)) // completions_per_prompt
+    return Samples(
+        canvas=trace.canvas,
+        is_scored_BS=scored_mask(trace),
+        sample_id_B=trace.sample_id_B,
+        advantage_B=algorithm.advantages(reward_B, group_B),
+        group_B=group_B,
+        mask_id=trace.mask_id,
+        step_map_BS=trace.step_map_BS,
+        rollout_logp_BS=trace.logp_BS,
+        rollout_temperature=trace.temperature or 1.0,
+    )
+
+
+def rollout_metrics(trace: TraceBatch, scored: list[Scored], samples: Samples) -> dict[str, float]:
+    """What a rollout looked like: rewards and their parts, solve rate, dead groups, lengths, EOS, NFE."""
+    groups: dict[int, set[float]] = defaultdict(set)
+    for group, item in zip(samples.group_B.tolist(), scored, strict=True):
+        groups[group].add(item.reward.value)
+    parts = sorted({part for item in scored for part in item.reward.parts})
+    num = len(scored)
+    return {
+        "reward": sum(item.reward.value for item in scored) / num,
+        "solve_rate": sum(item.reward.is_solved for item in scored) / num,
+        **{f"reward/{part}": sum(item.reward.parts.get(part, 0.0) for item in scored) / num for part in parts},
+        "zero_variance_groups": sum(len(values) == 1 for values in groups.values()) / len(groups),
+        **rollout_stats(trace),
+    }
+
+
+def evaluate_held_out(session: Session, engine: Engine, task: Task[Any], tokenizer: Any, step: int) -> None:
+    """Evaluate on held-out problems and log the result."""
+    recipe = session.recipe
+    session.reporter.phase("evaluate")
+    decode = recipe.decode.model_copy(update={"temperature": recipe.evaluation.temperature})
+    result, records = evaluate_task(
+        engine.generate,
+        tokenizer,
+        task,
+        name=recipe.task.name if recipe.task else "",
+        decode=decode,
+        num=recipe.evaluation.num,
+        key=Key(recipe.seed).fold("evaluation"),
+        num_records=recipe.evaluation.num_records,
+    )
+    session.record_evaluation(step, result, [{"split": "eval", **record} for record in records])
+
+
+def _prompts_of_step(recipe: Recipe, task: Task[Any], step: int, key: Key) -> list[Prompt]:
+    """The prompts of a step, each repeated G times; a pure function of the step."""
+    train = recipe.train
+    chosen = row_indices(task.size("train"), train.prompts_per_step, step - 1, key.fold("prompts"))
+    prompts = [task.prompt("train", index) for index in chosen]
+    return [prompt for prompt in prompts for _ in range(train.completions_per_prompt)]
+
+
+def _show_samples(session: Session, step: int, scored: list[Scored], tokenizer: Any) -> None:
+    shown = scored[:: session.recipe.train.completions_per_prompt][:4]
+    session.record_samples(step, [{"split": "train", **as_record(item, tokenizer)} for item in shown])
+    session.reporter.samples(
+        [(item.prompt.text or item.prompt.uid, item.text, dict(item.reward.parts)) for item in shown]
+    )
+
+
+def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Means over inner iterations."""
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}

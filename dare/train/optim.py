@@ -1,0 +1,120 @@
+"""AdamW with fp32 masters, fp32 gradient accumulation, global-norm clipping and learning-rate schedules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from dare.core.errors import DareError, NonFiniteError
+from dare.core.recipe import OptimizerRecipe
+
+
+def learning_rate(recipe: OptimizerRecipe, step: int, num_steps: int) -> float:
+    """Rate of optimizer step `step` (0-based): linear warm-up, then the schedule down to min_lr_ratio * lr."""
+    if step < recipe.warmup_steps:
+        return recipe.lr * (step + 1) / recipe.warmup_steps
+    if recipe.schedule == "constant":
+        return recipe.lr
+    progress = min(1.0, (step - recipe.warmup_steps) / max(1, num_steps - recipe.warmup_steps))
+    shape = 1.0 - progress if recipe.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    return recipe.lr * (recipe.min_lr_ratio + (1.0 - recipe.min_lr_ratio) * shape)
+
+
+class Optimizer:
+    """Owns the masters: for a float32 parameter the parameter itself, otherwise a float32 copy.
+
+    Gradients of low-precision parameters are moved into their master's float32 gradient as soon as the
+    backward has produced them, so that micro-batches are summed in float32.
+    """
+
+    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], recipe: OptimizerRecipe, num_steps: int) -> None:
+        self.recipe = recipe
+        self.num_steps = num_steps
+        self.num_done = 0
+        self.parameters = {name: parameter for name, parameter in parameters if parameter.requires_grad}
+        self.masters = {name: _master(parameter) for name, parameter in self.parameters.items()}
+        decayed = [master for master in self.masters.values() if master.ndim >= 2]
+        plain = [master for master in self.masters.values() if master.ndim < 2]
+        groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        self.adam = torch.optim.AdamW(
+            [group for group in groups if group["params"]], lr=recipe.lr, betas=recipe.betas, eps=recipe.eps
+        )
+
+    def step(self) -> dict[str, float]:
+        """Clip, update, copy masters back, clear gradients.
+
+        Raises NonFiniteError naming the first bad parameter before any weight has changed.
+        """
+        grads = [master.grad for master in self.masters.values() if master.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0
+        if not math.isfinite(norm):
+            raise NonFiniteError(
+                "the gradient is not finite",
+                where=f"optimizer step {self.num_done}, parameter {self._first_bad()}",
+                got=norm,
+                fix="lower optimizer.lr, or look at the samples of the last steps; the last checkpoint is intact",
+            )
+        if norm > self.recipe.max_grad_norm:
+            torch._foreach_mul_(grads, self.recipe.max_grad_norm / norm)
+        rate = learning_rate(self.recipe, self.num_done, self.num_steps)
+        for group in self.adam.param_groups:
+            group["lr"] = rate
+        self.adam.step()
+        self.adam.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                if self.masters[name] is not parameter:
+                    parameter.copy_(self.masters[name])
+        self.num_done += 1
+        return {"grad_norm": norm, "lr": rate}
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything a resume needs, as flat tensors: step count, moments, and masters that are copies."""
+        tensors = {"num_done": torch.tensor(self.num_done)}
+        for name, master in self.masters.items():
+            for key, value in self.adam.state.get(master, {}).items():
+                tensors[f"{key}/{name}"] = torch.as_tensor(value).detach().clone()
+            if master is not self.parameters[name]:
+                tensors[f"master/{name}"] = master.detach()
+        return tensors
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Restore what `state` returned. Raises DareError if it belongs to another set of parameters."""
+        self.num_done = int(tensors["num_done"])
+        keys = ("step", "exp_avg", "exp_avg_sq") if self.num_done else ()
+        for name, master in self.masters.items():
+            wanted = [f"{key}/{name}" for key in keys]
+            if master is not self.parameters[name]:
+                wanted.append(f"master/{name}")
+            missing = [key for key in wanted if key not in tensors]
+            if missing:
+                raise DareError("the optimizer state belongs to another model or dtype", got=f"no {missing[0]}")
+            if keys:
+                self.adam.state[master] = {key: tensors[f"{key}/{name}"].clone() for key in keys}
+            if master is not self.parameters[name]:
+                with torch.no_grad():
+                    master.copy_(tensors[f"master/{name}"])
+
+    def _first_bad(self) -> str:
+        for name, master in self.masters.items():
+            if master.grad is not None and not bool(master.grad.isfinite().all()):
+                return name
+        return "unknown (the norm itself overflowed)"
+
+
+def _master(parameter: nn.Parameter) -> nn.Parameter:
+    if parameter.dtype == torch.float32:
+        return parameter
+    master = nn.Parameter(parameter.detach().float())
+
+    def move_gradient(low: Tensor) -> None:
+        if low.grad is not None:
+            grad = low.grad.float()
+            master.grad = grad if master.grad is None else master.grad.add_(grad)
+            low.grad = None
+
+    parameter.register_post_accumulate_grad_hook(move_gradient)
+    return master

@@ -1,0 +1,95 @@
+"""One optimizer step, the same for SFT, preference optimisation and every RL algorithm.
+
+    score views without a graph -> loss on the [R, S] log-probs -> its gradient with respect to them
+    -> micro-batched backward of sum(gradient * logp) -> optimizer step
+
+By the chain rule this is exact for any loss, at any micro-batch size, with one micro-batch's graph in memory.
+Condition: both passes compute the same function; their largest difference is the metric `replay_gap`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dare.algorithms.base import Algorithm
+from dare.core.engine import Engine
+from dare.core.errors import NonFiniteError
+from dare.core.rng import Key
+from dare.core.types import Loss, Samples, Views
+
+
+@dataclass
+class Iteration:
+    """The views of one inner iteration and what the fixed policies think of them."""
+
+    views: Views
+    old_RS: Tensor | None  # None: the first scoring pass of the update is the old policy's
+    reference_RS: Tensor | None
+
+
+def plan_iterations(engine: Engine, algorithm: Algorithm[Any], samples: Samples, key: Key, num: int) -> list[Iteration]:
+    """Draw all views of a rollout before any step; score them under the old and the reference policy.
+
+    Only iterations after the first need a pass of their own for the old policy.
+    """
+    plans = []
+    for index in range(num):
+        views = algorithm.corrupt(samples, key.fold(index))
+        old = engine.score(views, samples) if index > 0 and not algorithm.is_linear else None
+        reference = engine.score(views, samples, is_reference=True) if algorithm.needs_reference else None
+        plans.append(Iteration(views, old, reference))
+    return plans
+
+
+def update(engine: Engine, algorithm: Algorithm[Any], samples: Samples, iteration: Iteration) -> dict[str, float]:
+    """One optimizer step on one iteration's views; returns its metrics.
+
+    Raises NonFiniteError if the loss or the gradient is not finite; no weight has changed then.
+    """
+    views = iteration.views
+    if algorithm.is_linear:
+        # The gradient of a linear loss does not depend on where it is taken, so no scoring pass is needed.
+        zero_RS = torch.zeros(views.noisy_RS.shape)
+        _, grad_RS = _loss_and_grad(algorithm, zero_RS, zero_RS, iteration, samples)
+        logp_RS = engine.accumulate(views, samples, grad_RS)
+        logp_RS = torch.where(logp_RS.isnan() & (grad_RS == 0), 0.0, logp_RS)
+        loss = algorithm.loss(logp_RS, logp_RS, iteration.reference_RS, views, samples)
+        gap = 0.0
+    else:
+        logp_RS = engine.score(views, samples)
+        old_RS = logp_RS if iteration.old_RS is None else iteration.old_RS
+        loss, grad_RS = _loss_and_grad(algorithm, logp_RS, old_RS, iteration, samples)
+        replay_RS = engine.accumulate(views, samples, grad_RS)
+        is_replayed = (grad_RS != 0).any(-1, keepdim=True) & views.is_target_RS
+        gap = float((replay_RS - logp_RS).abs()[is_replayed].max()) if bool(is_replayed.any()) else 0.0
+    _require_finite(loss, logp_RS, views)
+    metrics = {name: metric.mean for name, metric in loss.metrics.items()}
+    return {"loss": float(loss.value.detach()), **metrics, "replay_gap": gap, **engine.step()}
+
+
+def _loss_and_grad(
+    algorithm: Algorithm[Any], logp_RS: Tensor, old_RS: Tensor, iteration: Iteration, samples: Samples
+) -> tuple[Loss, Tensor]:
+    leaf = logp_RS.detach().clone().requires_grad_()
+    loss = algorithm.loss(leaf, old_RS.detach(), iteration.reference_RS, iteration.views, samples)
+    if not loss.value.requires_grad:  # nothing in this batch is trained on
+        return loss, torch.zeros_like(leaf)
+    (grad_RS,) = torch.autograd.grad(loss.value, leaf)
+    return loss, grad_RS
+
+
+def _require_finite(loss: Loss, logp_RS: Tensor, views: Views) -> None:
+    if bool(loss.value.isfinite()):
+        return
+    bad = (~logp_RS.isfinite() & views.is_target_RS).any(-1).nonzero()[:, 0]
+    culprit = f"log-probs of sample row {int(views.sample_R[bad[0]])}" if len(bad) else "finite log-probs"
+    raise NonFiniteError(
+        "the loss is not finite",
+        where=culprit,
+        got=float(loss.value),
+        fix="lower optimizer.lr, or look at the samples of the last steps; the last checkpoint is intact",
+    )
