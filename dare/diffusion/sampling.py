@@ -61,9 +61,7 @@ def categorical(probs_NV: Tensor, uniform_N: Tensor) -> Tensor:
     return (cumulative_NV > target_N[:, None]).int().argmax(-1)
 
 
-def sample(
-    logits_NV: Tensor, temperature: float, top_k: int | None, top_p: float | None, uniform_N: Tensor
-) -> Tensor:
+def sample(logits_NV: Tensor, temperature: float, top_k: int | None, top_p: float | None, uniform_N: Tensor) -> Tensor:
     """int64 [N]: the candidate of each row; temperature 0 takes the most probable token (the first among equals)."""
     if temperature == 0.0:
         return logits_NV.argmax(-1)
@@ -104,7 +102,8 @@ def _margin(logits_NV: Tensor, token_N: Tensor, mask_id: int) -> Tensor:
 
 
 def _negative_entropy(logits_NV: Tensor, token_N: Tensor, mask_id: int) -> Tensor:
-    return -torch.special.entr(logits_NV.softmax(-1)).sum(-1)
+    entropy_N: Tensor = torch.special.entr(logits_NV.softmax(-1)).sum(-1)
+    return -entropy_N
 
 
 _SCORES: dict[ScoreName, Callable[[Tensor, Tensor, int], Tensor]] = {

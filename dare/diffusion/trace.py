@@ -6,6 +6,7 @@ row holds the tokens of steps < t and masks everywhere else in its completion.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dare.core.lazy import torch
@@ -30,13 +31,21 @@ def canvas_before(trace: TraceBatch, step: int) -> Tensor:
     return torch.where(is_masked_BS, trace.mask_id, trace.canvas.input_BS)
 
 
+def is_eos(ids: Tensor, eos_ids: Sequence[int]) -> Tensor:
+    """bool, in the shape of `ids`: whether each token is one of `eos_ids`."""
+    return torch.isin(ids, torch.tensor(eos_ids, device=ids.device))
+
+
+def has_eos(trace: TraceBatch) -> Tensor:
+    """bool [B]: whether the completion contains an EOS token."""
+    return (is_eos(trace.canvas.input_BS, trace.eos_ids) & trace.canvas.is_completion_BS).any(-1)
+
+
 def scored_mask(trace: TraceBatch) -> Tensor:
     """bool [B, S]: completion positions through the first EOS inclusive, all of them if there is no EOS."""
     is_completion_BS = trace.canvas.is_completion_BS
-    eos_E = torch.tensor(trace.eos_ids, device=is_completion_BS.device)
-    is_eos_BS = torch.isin(trace.canvas.input_BS, eos_E) & is_completion_BS
-    num_eos_before_BS = is_eos_BS.long().cumsum(-1) - is_eos_BS.long()
-    return is_completion_BS & (num_eos_before_BS == 0)
+    is_eos_BS = (is_eos(trace.canvas.input_BS, trace.eos_ids) & is_completion_BS).long()
+    return is_completion_BS & (is_eos_BS.cumsum(-1) == is_eos_BS)
 
 
 def to_completions(trace: TraceBatch) -> list[Completion]:
@@ -47,9 +56,9 @@ def to_completions(trace: TraceBatch) -> list[Completion]:
     steps = trace.step_map_BS[is_scored_BS].tolist()
     logps = trace.logp_BS[is_scored_BS].tolist()
     completions, start = [], 0
-    for length, nfe, has_eos in zip(length_B, trace.nfe_B.tolist(), trace.is_eos_B.tolist(), strict=True):
+    for length, nfe, is_ended in zip(length_B, trace.nfe_B.tolist(), trace.is_eos_B.tolist(), strict=True):
         part = slice(start, start + length)
-        finish = "eos" if has_eos else "length"
+        finish = "eos" if is_ended else "length"
         completions.append(Completion(tokens[part], None, steps[part], logps[part], nfe, finish))
         start += length
     return completions

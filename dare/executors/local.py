@@ -13,15 +13,15 @@ from torch import Tensor
 
 from dare.core.decode import Decode
 from dare.core.errors import DareError
-from dare.core.recipe import ModelRecipe, Recipe
+from dare.core.recipe import Recipe
 from dare.core.rng import Key
+from dare.core.spec import FamilySpec
 from dare.core.types import Canvas, Samples, TraceBatch, Views
-from dare.families.base import Family, FamilySpec
-from dare.families.weights import create_family, load_family, load_weights, resolve_checkpoint, save_family
+from dare.families.base import Family
+from dare.families.build import build_family
+from dare.families.weights import load_weights, save_family
 from dare.rollout.engine import denoise
 from dare.train.optim import Optimizer
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class LocalEngine:
@@ -100,38 +100,3 @@ class LocalEngine:
 
     def _micro_batches(self, rows: Tensor) -> list[Tensor]:
         return list(torch.split(rows, self.micro_batch_views)) if len(rows) else []
-
-
-def build_family(recipe: ModelRecipe, tokenizer: Any, key: Key) -> Family:
-    """The policy a recipe starts from: loaded, or created for the tokenizer with keyed initial weights."""
-    dtype, device = _DTYPES[recipe.dtype], pick_device(recipe.device)
-    if recipe.path is not None:
-        return load_family(resolve_checkpoint(recipe.path), dtype, device)
-    if recipe.create is None:
-        raise ValueError("a model recipe has a path or create options")
-    create = recipe.create
-    family = create_family(
-        create.family,
-        vocab_size=len(tokenizer),
-        hidden_size=create.hidden_size,
-        num_layers=create.num_layers,
-        num_heads=create.num_heads,
-        num_kv_heads=create.num_kv_heads,
-        mlp_size=create.mlp_size,
-        max_length=create.max_length,
-        block_length=create.block_length,
-        tie_embeddings=create.tie_embeddings,
-        mask_id=tokenizer.mask_token_id,
-        eos_id=tokenizer.eos_token_id,
-        pad_id=tokenizer.pad_token_id,
-        seed=key.fold("initial weights").python_seed(),
-    )
-    return family.to(dtype=dtype, device=device)
-
-
-def pick_device(name: str) -> torch.device:
-    """ "auto" takes a GPU if there is one. Raises DareError if CUDA is asked for and absent."""
-    has_gpu = torch.cuda.is_available()
-    if name == "cuda" and not has_gpu:
-        raise DareError("model.device is cuda, but no GPU is visible", fix="use model.device=cpu or auto")
-    return torch.device("cuda" if has_gpu and name != "cpu" else "cpu")

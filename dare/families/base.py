@@ -9,33 +9,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from dare.core.errors import DareError
+from dare.core.spec import FamilySpec
 from dare.core.types import Canvas, Views
 from dare.diffusion import blocks
 from dare.families.config import Config, ModelSizes
 from dare.families.layers.attention import KVCache
 from dare.families.layers.head import linear_logp
-
-
-@dataclass(frozen=True)
-class FamilySpec:
-    """Everything by which families differ, besides the network."""
-
-    name: str
-    attention: Literal["full", "block_causal"]
-    block_grid: Literal["sequence", "completion"]
-    block_length: int  # the grid the checkpoint was trained with; for a full-attention family only a default
-    is_shifted: bool  # raw logits at position i score token i + 1; undone inside the family
-    mask_id: int
-    eos_ids: tuple[int, ...]
-    pad_id: int
-    vocab_size: int  # rows of the embedding and of the head
-    max_length: int
 
 
 class Network(nn.Module, ABC):

@@ -43,13 +43,14 @@ def load_tokenizer(path: str | Path) -> Any:
 
     Raises DareError if the files cannot be read, or would need code from the checkpoint, which is never run.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PretrainedConfig
 
     folder = Path(path)
     if not any((folder / name).is_file() for name in _FILES):
         return None
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        # A blank config, because transformers does not know the families' config.json and would warn about it.
+        return AutoTokenizer.from_pretrained(folder, config=PretrainedConfig(), trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise DareError(
             "the tokenizer cannot be loaded",
@@ -63,7 +64,7 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
     """Ids of plain text; no special tokens are added. Raises DareError for a character outside the vocabulary."""
     from tokenizers.models import WordLevel
 
-    if isinstance(tokenizer.backend_tokenizer.model, WordLevel):
+    if tokenizer.is_fast and isinstance(tokenizer.backend_tokenizer.model, WordLevel):
         _check_characters(tokenizer, text)
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
     return ids

@@ -18,6 +18,7 @@ from dare.core.errors import DareError
 from dare.core.files import read_json, write_json
 from dare.core.registry import FAMILIES, resolve
 from dare.core.rng import Key
+from dare.core.spec import FamilySpec
 from dare.families.base import Family, FamilyType, Network
 from dare.families.config import Config, ModelSizes
 from dare.families.hub import resolve_checkpoint as resolve_checkpoint
@@ -35,12 +36,8 @@ def load_family(path: str | Path, dtype: torch.dtype | None = None, device: torc
     checkpoint of a known family: the config, the files and every tensor's name and shape are checked first.
     """
     folder = Path(path)
-    config = _read_config(folder / _CONFIG_NAME)
-    generation_path = folder / _GENERATION_NAME
-    generation_config = _read_config(generation_path) if generation_path.is_file() else None
-    family_type = find_family_type(config, where=str(folder / _CONFIG_NAME))
+    family_type, spec, config, generation_config = _describe(folder)
     try:
-        spec = family_type.spec(config, generation_config)
         network = _build(family_type, config)
     except DareError as error:
         raise error.inside(str(folder)) from None
@@ -49,6 +46,11 @@ def load_family(path: str | Path, dtype: torch.dtype | None = None, device: torc
     network.to(dtype=dtype or _stored_dtype(shards)).to_empty(device=device)
     _fill(network, shards)
     return Family(spec, network, config, generation_config)
+
+
+def read_spec(path: str | Path) -> FamilySpec:
+    """The spec of a checkpoint folder, without its weights. Raises DareError like `load_family`."""
+    return _describe(Path(path))[1]
 
 
 def load_weights(family: Family, folder: Path) -> None:
@@ -139,6 +141,18 @@ def find_family_type(config: Config, *, where: str) -> FamilyType:
         got=f"model_type {config.get('model_type')}, architectures {config.get('architectures')}",
         expected=f"a checkpoint of {', '.join(FAMILIES)}",
     )
+
+
+def _describe(folder: Path) -> tuple[FamilyType, FamilySpec, Config, Config | None]:
+    """What a checkpoint folder says of itself: family, spec, config.json, generation_config.json (None without)."""
+    config = _read_config(folder / _CONFIG_NAME)
+    generation_path = folder / _GENERATION_NAME
+    generation_config = _read_config(generation_path) if generation_path.is_file() else None
+    family_type = find_family_type(config, where=str(folder / _CONFIG_NAME))
+    try:
+        return family_type, family_type.spec(config, generation_config), config, generation_config
+    except DareError as error:
+        raise error.inside(str(folder)) from None
 
 
 def _build(family_type: FamilyType, config: Config) -> Network:

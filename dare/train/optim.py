@@ -116,5 +116,5 @@ def _master(parameter: nn.Parameter) -> nn.Parameter:
             master.grad = grad if master.grad is None else master.grad.add_(grad)
             low.grad = None
 
-    parameter.register_post_accumulate_grad_hook(move_gradient)
+    parameter.register_post_accumulate_grad_hook(move_gradient)  # type: ignore[no-untyped-call]
     return master

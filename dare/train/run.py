@@ -11,6 +11,8 @@ from dare.core.data_recipe import DataRecipe
 from dare.core.errors import DareError
 from dare.core.recipe import Recipe
 from dare.core.registry import resolve
+from dare.core.spec import FamilySpec
+from dare.families.build import family_spec
 from dare.families.tokenizer import char_tokenizer, load_tokenizer
 from dare.tasks.base import Task
 from dare.train.checkpoint import resolve_model_path
@@ -25,29 +27,25 @@ def train(recipe: Recipe, run_dir: Path, reporter: Reporter, *, is_resumed: bool
 
     Raises DareError for everything that a user can put right, before the first step where possible.
     """
-    if recipe.model.path is not None:
-        path = resolve_model_path(recipe.model.path)
-        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": path})})
-    for warning in check(recipe):
-        reporter.message(f"warning: {warning}")
+    recipe = _with_checkpoint(recipe)
+    warnings = check(recipe)
     algorithm: Algorithm[Any] = recipe.algorithm.build()
     task: Task[Any] | None = recipe.task.build(recipe.seed) if recipe.task else None
     raw_rows = _raw_rows(recipe, task) if algorithm.kind == "offline" else []
     tokenizer = _tokenizer(recipe, task, raw_rows)
-    engine = resolve("executors", recipe.executor).create(
-        recipe, tokenizer, needs_reference=algorithm.needs_reference
-    )
-    rows = _encode(recipe, raw_rows, tokenizer, engine)
+    rows = _encode(recipe, raw_rows, tokenizer, family_spec(recipe.model, tokenizer)) if raw_rows else []
+    executor = resolve("executors", recipe.executor)
+    engine = executor.create(recipe, tokenizer, needs_reference=algorithm.needs_reference)
     session = Session(recipe, run_dir, reporter, is_resumed=is_resumed)
-    if session.resumed_from is not None:
-        engine.load(session.resumed_from)
-        engine.publish()
+    for warning in warnings:
+        reporter.message(f"warning: {warning}")
     try:
+        if session.resumed_from is not None:
+            engine.load(session.resumed_from)
+            engine.publish()
         if algorithm.kind == "offline":
             run_offline(session, engine, algorithm, rows, task, tokenizer)
-        else:
-            if task is None:
-                raise DareError(f"algorithm {recipe.algorithm.name} trains on rewards, but the recipe has no task")
+        elif task is not None:
             run_online(session, engine, algorithm, task, tokenizer)
     except KeyboardInterrupt:
         session.close("stopped")
@@ -56,6 +54,23 @@ def train(recipe: Recipe, run_dir: Path, reporter: Reporter, *, is_resumed: bool
         session.close("failed", error=str(error))
         raise
     return session.close("finished", checkpoint=resolve_model_path(str(run_dir)))
+
+
+def training_rows(recipe: Recipe) -> tuple[Any, list[EncodedRow]]:
+    """The tokenizer and the rows that an offline recipe trains on, without loading any weights."""
+    recipe = _with_checkpoint(recipe)
+    task: Task[Any] | None = recipe.task.build(recipe.seed) if recipe.task else None
+    raw_rows = _raw_rows(recipe, task)
+    tokenizer = _tokenizer(recipe, task, raw_rows)
+    return tokenizer, _encode(recipe, raw_rows, tokenizer, family_spec(recipe.model, tokenizer))
+
+
+def _with_checkpoint(recipe: Recipe) -> Recipe:
+    """The recipe with a run folder in model.path replaced by that run's newest checkpoint."""
+    if recipe.model.path is None:
+        return recipe
+    model = recipe.model.model_copy(update={"path": resolve_model_path(recipe.model.path)})
+    return recipe.model_copy(update={"model": model})
 
 
 def _raw_rows(recipe: Recipe, task: Task[Any] | None) -> list[Row]:
@@ -85,6 +100,5 @@ def _tokenizer(recipe: Recipe, task: Task[Any] | None, rows: list[Row]) -> Any:
     return char_tokenizer("".join(sorted(alphabet)))
 
 
-def _encode(recipe: Recipe, rows: list[Row], tokenizer: Any, engine: Any) -> list[EncodedRow]:
-    data = recipe.data or DataRecipe()
-    return encode_rows(tokenizer, rows, data, recipe.decode, engine.spec)
+def _encode(recipe: Recipe, rows: list[Row], tokenizer: Any, spec: FamilySpec) -> list[EncodedRow]:
+    return encode_rows(tokenizer, rows, recipe.data or DataRecipe(), recipe.decode, spec)

@@ -114,13 +114,13 @@ class Session:
 
     def close(self, status: str, **summary: Any) -> dict[str, Any]:
         """Write the final status and close the logs; returns the summary."""
-        seconds = time.perf_counter() - self._started
-        summary = {"run_dir": str(self.run_dir), "status": status, "seconds": round(seconds, 1), **summary}
-        self._write_status(status, **summary)
+        seconds = round(time.perf_counter() - self._started, 1)
+        self._write_status(status, seconds=seconds, **summary)
         for log in self.logs.values():
             log.close()
         for tracker in self.trackers:
             tracker.close()
+        summary = {"status": status, "run_dir": str(self.run_dir), "seconds": seconds, **summary}
         self.reporter.finish(summary)
         return summary
 

@@ -57,7 +57,5 @@ def linear_logp(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, scale: f
 
     Memory beyond the inputs: one chunk of logits forward, one backward, whatever N is.
     """
-    if hidden_ND.shape[0] == 0:
-        return hidden_ND.float().sum(-1)
     result: Tensor = _LinearLogp.apply(hidden_ND, weight_VD, target_N, scale)  # type: ignore[no-untyped-call]
     return result

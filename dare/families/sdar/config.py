@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dare.families.base import FamilySpec
+from dare.core.spec import FamilySpec
 from dare.families.config import Config, DenseShape, Fields, ModelSizes, eos_ids, matches_architecture
 
 _MODEL_TYPE, _ARCHITECTURE = "sdar", "SDARForCausalLM"

@@ -1,0 +1,344 @@
+"""The `dare` command. Every body imports what it needs when it runs, so help, list, check and show stay instant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from dare.core.errors import DareError
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+class _Group(TyperGroup):
+    """Turns a user's mistake into a message and an exit code instead of a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except DareError as error:
+            _fail(str(error))
+            raise typer.Exit(EXIT_USER_ERROR) from error
+        except PermissionError as error:
+            _fail(f"no permission to write or read\n  where: {error.filename}")
+            raise typer.Exit(EXIT_USER_ERROR) from error
+        except KeyboardInterrupt as error:
+            typer.secho("interrupted", fg="yellow", err=True)
+            raise typer.Exit(EXIT_INTERRUPTED) from error
+
+
+app = typer.Typer(
+    name="dare",
+    cls=_Group,
+    help="Post-train and evaluate diffusion language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+data_app = typer.Typer(help="Look at training data.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(data_app, name="data")
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="a recipe, YAML", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="dotted keys of the recipe with YAML values", show_default=False),
+]
+DecodeOptions = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="decode options, such as gen_length=64", show_default=False),
+]
+Checkpoint = Annotated[
+    str, typer.Argument(metavar="CHECKPOINT", help="checkpoint folder, run folder or hub id", show_default=False)
+]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, or checkpoint for the one it was saved with")]
+
+
+def main() -> None:
+    """The entry point of the console script."""
+    app()
+
+
+@app.command(short_help="Train as a recipe says.")
+def train(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    *,
+    out: Annotated[Path | None, typer.Option(help="run folder; default: runs/NAME of the recipe")] = None,
+    resume: Annotated[bool, typer.Option(help="continue the run in --out from its last checkpoint")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="show nothing; the logs are written anyway")] = False,
+) -> None:
+    """Train: supervised fine-tuning or reinforcement learning, as the recipe says.
+
+    \b
+    Example:
+      dare train recipes/tiny/llada_rl.yaml train.steps=50 decode.temperature=0.7 --out runs/rl
+    """
+    from dare.core.checks import check as check_recipe
+    from dare.core.recipe import load_recipe
+
+    resolved = load_recipe(recipe, overrides or [])
+    check_recipe(resolved)  # before torch is loaded: mistakes are reported at once
+    from dare import api
+    from dare.terminal.progress import ConsoleReporter, NullReporter
+
+    reporter = NullReporter() if quiet else ConsoleReporter()
+    try:
+        api.train(resolved, out or Path("runs") / resolved.name, is_resumed=resume, reporter=reporter)
+    except KeyboardInterrupt:
+        typer.echo("the same command with --resume continues from the last checkpoint", err=True)
+        raise
+
+
+@app.command("eval", short_help="Solve rate on held-out problems, with its interval.")
+def evaluate(
+    checkpoint: Checkpoint,
+    overrides: DecodeOptions = None,
+    *,
+    task: Annotated[str | None, typer.Option(help="a task; default: the task of the recipe")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="task and decode options; default: the checkpoint's run")] = None,
+    num: Annotated[int | None, typer.Option(min=1, help="held-out problems; default: the recipe's")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="for sampling; default: the recipe's, or 0")] = None,
+    split: Annotated[str, typer.Option(help="eval or train")] = "eval",
+    out: Annotated[Path | None, typer.Option(help="folder for summary.json and records.jsonl")] = None,
+    is_json: Annotated[bool, typer.Option("--json", help="print the summary as JSON")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "checkpoint",
+) -> None:
+    """Evaluate: the solve rate on held-out problems with its 95% interval.
+
+    Without --task and --recipe, the settings are those of the run that the checkpoint belongs to. Keys that start
+    with "task." are options of the task, all others decode options.
+
+    \b
+    Examples:
+      dare eval runs/rl
+      dare eval runs/rl --task countdown --num 500 gen_length=16 task.max_value=9
+    """
+    from dare.terminal.settings import evaluation_settings
+
+    settings = evaluation_settings(checkpoint, task, recipe, overrides or [])
+    model = _load_model(checkpoint, device, dtype)
+    from dare import api
+    from dare.terminal.progress import evaluation_line
+
+    result = api.evaluate(
+        model,
+        settings.task,
+        num=num or settings.num,
+        seed=settings.seed if seed is None else seed,
+        split=split,
+        out=out,
+        **settings.decode,
+    )
+    typer.echo(_to_json(result) if is_json else evaluation_line(None, result))
+
+
+@app.command(short_help="Complete prompts; --trace shows how.")
+def generate(
+    checkpoint: Checkpoint,
+    overrides: DecodeOptions = None,
+    *,
+    prompt: Annotated[list[str] | None, typer.Option(help="text; repeatable")] = None,
+    prompt_ids: Annotated[list[str] | None, typer.Option(help='token ids, "1,2,3"; repeatable')] = None,
+    file: Annotated[Path | None, typer.Option(help='JSON lines: {"prompt": ...} or {"prompt_ids": [...]}')] = None,
+    is_chat: Annotated[bool, typer.Option("--chat", help="send text as a user message")] = False,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    is_traced: Annotated[bool, typer.Option("--trace", help="show the canvas filling, step by step")] = False,
+    is_json: Annotated[bool, typer.Option("--json", help="one JSON object per completion")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "checkpoint",
+) -> None:
+    """Generate: one completion per prompt, greedy unless temperature says otherwise.
+
+    \b
+    Examples:
+      dare generate runs/rl --prompt "3 5 7>22=" gen_length=16 --trace
+      dare generate GSAI-ML/LLaDA-8B-Instruct --chat --prompt "Who are you?" gen_length=64 block_length=32
+      dare generate runs/rl --file prompts.jsonl temperature=1.0 --seed 1 --json
+    """
+    from dare.terminal.settings import parse_options, read_prompts
+
+    prompts = read_prompts(prompt or [], prompt_ids or [], file, is_chat=is_chat)
+    decode = parse_options(overrides or [])
+    model = _load_model(checkpoint, device, dtype)
+    from dare.terminal.canvas import CanvasView
+    from dare.terminal.completions import print_completions
+
+    spec = model.family.spec
+    if is_traced:
+        with CanvasView(_token_text(model.tokenizer), spec.mask_id, spec.eos_ids) as view:
+            completions = model.generate(prompts, seed=seed, on_step=view.on_step, **decode)
+    else:
+        completions = model.generate(prompts, seed=seed, **decode)
+    print_completions(prompts, completions, is_json=is_json)
+
+
+@app.command(short_help="Check recipes without running them.")
+def check(
+    recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE", help="recipes, YAML", show_default=False)],
+) -> None:
+    """Check recipes without running them: unknown keys, impossible pairs, doubtful settings.
+
+    \b
+    Example:
+      dare check recipes/tiny/*.yaml
+    """
+    from dare.core.checks import check as check_recipe
+    from dare.core.recipe import load_recipe
+
+    num_wrong = 0
+    for path in recipes:
+        try:
+            warnings = check_recipe(load_recipe(path))
+        except DareError as error:
+            num_wrong += 1
+            _fail(f"{path}: {error}")
+            continue
+        typer.secho(f"{path}: ok", fg="green")
+        for warning in warnings:
+            typer.secho(f"  warning: {warning}", fg="yellow")
+    if num_wrong:
+        raise typer.Exit(EXIT_USER_ERROR)
+
+
+@app.command(short_help="Show a resolved recipe, or every key.")
+def show(
+    recipe: Annotated[Path | None, typer.Argument(metavar="RECIPE", help="a recipe, YAML", show_default=False)] = None,
+    overrides: Overrides = None,
+    *,
+    is_schema: Annotated[bool, typer.Option("--schema", help="every key with its type, default and meaning")] = False,
+) -> None:
+    """Show a resolved recipe as YAML, or every key that a recipe may have.
+
+    \b
+    Examples:
+      dare show recipes/tiny/llada_rl.yaml train.steps=50
+      dare show --schema
+    """
+    if is_schema:
+        from dare.terminal.schema import schema_text
+
+        typer.echo(schema_text())
+        return
+    if recipe is None:
+        raise DareError("nothing to show", fix="give a recipe, or --schema")
+    from dare.core.recipe import load_recipe
+
+    typer.echo(load_recipe(recipe, overrides or []).dump_yaml(), nl=False)
+
+
+@app.command("list", short_help="List algorithms, families, tasks, executors, recipes.")
+def list_tables(
+    table: Annotated[str | None, typer.Argument(help="one table; default: all", show_default=False)] = None,
+) -> None:
+    """List algorithms, families, tasks, executors and recipes.
+
+    \b
+    Example:
+      dare list algorithms
+    """
+    from dare.terminal.listing import listing
+
+    typer.echo(listing(table))
+
+
+@data_app.command("inspect", short_help="Show rows and which positions carry loss.")
+def inspect(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    *,
+    num: Annotated[int, typer.Option(min=1, help="rows to show")] = 2,
+) -> None:
+    """Show training rows as the model sees them: which positions carry loss, where EOS is, how long they are.
+
+    \b
+    Example:
+      dare data inspect recipes/tiny/llada_sft.yaml --num 3
+    """
+    from dare.core.recipe import load_recipe
+
+    resolved = load_recipe(recipe, overrides or [])
+    from rich.console import Console
+
+    from dare.terminal.rows import print_legend, print_row
+    from dare.train.data import inspect_row
+    from dare.train.run import training_rows
+
+    tokenizer, rows = training_rows(resolved)
+    console = Console(highlight=False)
+    for row in rows[:num]:
+        print_row(row.uid, inspect_row(tokenizer, row), console)
+    print_legend(console)
+
+
+@app.command(short_help="Write a report of a run as HTML, PNG, SVG and Markdown.")
+def report(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="a run folder", show_default=False)],
+    *,
+    out: Annotated[Path | None, typer.Option(help="folder to write; default: RUN_DIR/report")] = None,
+    baseline: Annotated[Path | None, typer.Option(help="run folder to compare with")] = None,
+) -> None:
+    """Write a report of a run, finished or not: one HTML page, curves as PNG and SVG, a table in Markdown.
+
+    \b
+    Example:
+      dare report runs/rl --baseline runs/sft --out runs/report
+    """
+    from dare.report.build import build_report
+
+    typer.echo(build_report(run_dir, out or run_dir / "report", baseline) / "index.html")
+
+
+def _load_model(checkpoint: str, device: str, dtype: str) -> Any:
+    """A model, with the words of the command line turned into torch's."""
+    from dare.core.errors import unknown_name
+
+    dtypes, devices = ("checkpoint", "float32", "bfloat16"), ("auto", "cpu", "cuda")
+    if device not in devices:
+        raise unknown_name("device", device, devices, where="--device")
+    if dtype not in dtypes:
+        raise unknown_name("dtype", dtype, dtypes, where="--dtype")
+    import torch
+
+    from dare.model import load
+
+    has_cuda = torch.cuda.is_available()
+    if device == "cuda" and not has_cuda:
+        raise DareError("there is no CUDA device", where="--device", fix="use --device cpu")
+    wanted = {"checkpoint": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+    return load(checkpoint, dtype=wanted, device="cuda" if has_cuda and device != "cpu" else "cpu")
+
+
+def _token_text(tokenizer: Any) -> Callable[[int], str]:
+    """How one token looks in a canvas; without a tokenizer its id does."""
+    from dare.families.tokenizer import decode
+
+    def text(token: int) -> str:
+        return f"{token} " if tokenizer is None else decode(tokenizer, [token], has_special=True)
+
+    return text
+
+
+def _to_json(value: Any) -> str:
+    import json
+
+    return json.dumps(value, ensure_ascii=False, indent=2)
+
+
+def _fail(text: str) -> None:
+    first, _, rest = text.partition("\n")
+    typer.secho(f"error: {first}", fg="red", bold=True, err=True)
+    if rest:
+        typer.secho(rest, fg="red", err=True)
+
+
+if __name__ == "__main__":
+    main()

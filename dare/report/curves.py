@@ -1,0 +1,87 @@
+"""Which curves a run has: the content of the charts, whatever draws them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from dare.report.run_data import Record, RunData
+
+Unit = Literal["percent", "number"]
+_MAX_POINTS = 300  # a longer curve is averaged in bins of consecutive steps
+
+
+@dataclass(frozen=True)
+class Series:
+    """One curve. With `low` and `high` the values are evaluations with 95% intervals, drawn as points."""
+
+    label: str
+    steps: list[float]
+    values: list[float]
+    low: list[float] | None = None
+    high: list[float] | None = None
+    is_points: bool = False
+
+
+@dataclass(frozen=True)
+class Chart:
+    title: str
+    unit: Unit
+    series: list[Series]
+    note: str = ""
+
+
+# (title, unit, training metrics with their labels, evaluation metric)
+_CHARTS: tuple[tuple[str, Unit, tuple[tuple[str, str], ...], str | None], ...] = (
+    ("Solve rate", "percent", (("solve_rate", "rollouts"),), "solve_rate"),
+    ("Reward", "number", (("reward", "rollouts"),), "reward_mean"),
+    ("Loss", "number", (("loss", "loss"),), None),
+    ("KL to the reference", "number", (("kl", "KL"),), None),
+    ("Policy ratio", "number", (("ratio", "ratio"),), None),
+    ("Gradient norm", "number", (("grad_norm", "gradient norm"),), None),
+    ("Completion length, tokens", "number", (("completion_length", "rollouts"),), "completion_length"),
+    ("EOS and truncation", "percent", (("eos_rate", "ends with EOS"), ("truncation_rate", "truncated")), None),
+    ("Groups with equal rewards", "percent", (("zero_variance_groups", "share of groups"),), None),
+    ("Tokens per forward", "number", (("tokens_per_forward", "rollouts"),), "tokens_per_forward"),
+)
+
+
+def charts(run: RunData) -> list[Chart]:
+    """The charts that the run has data for, in a fixed order."""
+    found = []
+    for title, unit, metrics, evaluation in _CHARTS:
+        series = [_training(run.metrics, name, label) for name, label in metrics]
+        if evaluation is not None:
+            series.append(_held_out(run.evaluations, evaluation))
+        present = [item for item in series if item.values]
+        if present:
+            found.append(Chart(title, unit, present, _note(run.metrics, [name for name, _ in metrics])))
+    return found
+
+
+def _training(records: list[Record], name: str, label: str) -> Series:
+    points = [(float(r["step"]), float(r[name])) for r in records if _is_finite(r.get(name))]
+    size = math.ceil(len(points) / _MAX_POINTS) or 1
+    bins = [points[start : start + size] for start in range(0, len(points), size)]
+    steps = [sum(step for step, _ in part) / len(part) for part in bins]
+    values = [sum(value for _, value in part) / len(part) for part in bins]
+    return Series(label if size == 1 else f"{label}, mean of {size} steps", steps, values)
+
+
+def _held_out(evaluations: list[Record], name: str) -> Series:
+    chosen = [record for record in evaluations if _is_finite(record.get(name))]
+    steps, values = [float(r["step"]) for r in chosen], [float(r[name]) for r in chosen]
+    if name != "solve_rate":
+        return Series("held out", steps, values, is_points=True)
+    low, high = [float(r["low"]) for r in chosen], [float(r["high"]) for r in chosen]
+    return Series("held out, 95% interval", steps, values, low, high, is_points=True)
+
+
+def _note(records: list[Record], names: list[str]) -> str:
+    num = sum(any(name in record and not _is_finite(record[name]) for name in names) for record in records)
+    return f"{num} steps without a finite value are left out" if num else ""
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

@@ -1,0 +1,126 @@
+"""Geometry of a small line chart: from a `Chart` to the numbers and path strings that the template draws as SVG."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from dare.report.curves import Chart, Series, Unit
+
+WIDTH, HEIGHT = 340.0, 190.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 10.0, 8.0, 24.0
+
+
+@dataclass(frozen=True)
+class Tick:
+    position: float  # pixels
+    label: str
+
+
+@dataclass(frozen=True)
+class Stroke:
+    """One series: a path, the closed path of its band ("" if none), and point positions with their hover text.
+
+    tone  "a" for what training measures, "b" for held-out evaluations and for the second of two curves
+    """
+
+    label: str
+    tone: str
+    path: str
+    band: str
+    points: list[tuple[float, float, str]]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    title: str
+    note: str
+    latest: str  # the last value of the last series
+    x_ticks: list[Tick]
+    y_ticks: list[Tick]
+    strokes: list[Stroke]
+    left: float = _LEFT
+    right: float = WIDTH - _RIGHT
+    top: float = _TOP
+    bottom: float = HEIGHT - _BOTTOM
+
+
+@dataclass(frozen=True)
+class _Scale:
+    low: float
+    high: float
+    start: float  # pixels at `low`
+    end: float  # pixels at `high`
+
+    def __call__(self, value: float) -> float:
+        return round(self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start), 1)
+
+
+def draw(chart: Chart) -> Drawing:
+    """Scale a chart with at least one point to the drawing area."""
+    steps = [step for series in chart.series for step in series.steps]
+    values = [value for series in chart.series for value in (*series.values, *(series.low or ()), *(series.high or ()))]
+    x = _Scale(*_spread(0.0, max(steps)), _LEFT, WIDTH - _RIGHT)
+    low, high = _value_range(values, chart.unit)
+    y = _Scale(low, high, HEIGHT - _BOTTOM, _TOP)
+    return Drawing(
+        title=chart.title,
+        note=chart.note,
+        latest=label(chart.series[-1].values[-1], chart.unit),
+        x_ticks=[Tick(x(value), label(value, "number")) for value in ticks(x.low, x.high, 5) if value == round(value)],
+        y_ticks=[Tick(y(value), label(value, chart.unit)) for value in ticks(low, high, 4)],
+        strokes=[_stroke(series, x, y, chart.unit, index) for index, series in enumerate(chart.series)],
+    )
+
+
+def ticks(low: float, high: float, num: int) -> list[float]:
+    """Round values in [low, high], about `num` of them, 1, 2 or 5 times a power of ten apart."""
+    rough = (high - low) / num
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    num_decimals = -math.floor(math.log10(step))
+    return [round(index * step, num_decimals) for index in range(first, last + 1)]  # 0.3, not 0.30000000000000004
+
+
+def label(value: float, unit: Unit) -> str:
+    """A number as an axis shows it."""
+    if unit == "percent":
+        return f"{100 * value:.3g}%"
+    return f"{value:.0f}" if value == round(value) and abs(value) < 1e6 else f"{value:.3g}"
+
+
+def _value_range(values: list[float], unit: Unit) -> tuple[float, float]:
+    """Room around the values; a share never leaves [0, 1], and its axis starts at 0 unless the range is far from it."""
+    low, high = _spread(min(values), max(values))
+    margin = 0.06 * (high - low)
+    low, high = low - margin, high + margin
+    if unit == "percent":
+        return 0.0 if low < high / 2 else low, min(high, 1.0)
+    return (0.0 if low < 0 <= min(values) else low), high
+
+
+def _spread(low: float, high: float) -> tuple[float, float]:
+    """The range, opened where it is a single point or nearly so (it is divided by)."""
+    if high - low > 1e-9 * max(abs(low), abs(high), 1e-300):
+        return low, high
+    half = 0.5 * abs(low) or 0.5
+    return low - half, high + half
+
+
+def _stroke(series: Series, x: _Scale, y: _Scale, unit: Unit, index: int) -> Stroke:
+    xs, ys = [x(step) for step in series.steps], [y(value) for value in series.values]
+    band = ""
+    if series.low is not None and series.high is not None and len(xs) > 1:
+        upper = list(zip(xs, (y(value) for value in series.high), strict=True))
+        lower = list(zip(xs, (y(value) for value in series.low), strict=True))
+        band = _path(upper + lower[::-1]) + "Z"
+    hover = [f"step {step:g}: {label(value, unit)}" for step, value in zip(series.steps, series.values, strict=True)]
+    is_dotted = series.is_points or len(xs) == 1
+    points = list(zip(xs, ys, hover, strict=True)) if is_dotted else []
+    tone = "b" if index > 0 or series.is_points else "a"
+    return Stroke(series.label, tone, _path(list(zip(xs, ys, strict=True))), band, points)
+
+
+def _path(points: list[tuple[float, float]]) -> str:
+    return "M" + "L".join(f"{x:g},{y:g}" for x, y in points)

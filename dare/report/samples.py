@@ -1,0 +1,91 @@
+"""Sample completions for reading: before and after on the same problems, and the order in which tokens came."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dare.report.run_data import Record
+from dare.terminal.text import visible
+
+NUM_SHADES = 8
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One held-out problem; `before` is None if the first evaluation did not record it."""
+
+    prompt: str
+    before: Record | None
+    after: Record
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One token. `shade` in [0, NUM_SHADES), early to late; None where the token was given or never sampled."""
+
+    text: str
+    step: int | None  # 1-based
+    shade: int | None
+    has_border: bool  # a block starts here
+    hover: str
+
+
+@dataclass(frozen=True)
+class Order:
+    prompt: str
+    title: str
+    cells: list[Cell]
+
+
+def pairs(samples: list[Record], limit: int) -> list[Pair]:
+    """The first `limit` problems of the last evaluation, in file order; the last rollouts if there was none."""
+    held_out = [sample for sample in samples if sample.get("split", "eval") == "eval"]
+    if not held_out:
+        return [Pair(str(sample["prompt"]), None, sample) for sample in _last(samples)[:limit]]
+    first_step = held_out[0]["step"]
+    last = _last(held_out)
+    has_before = first_step < last[0]["step"]
+    before = {s["uid"]: s for s in held_out if s["step"] == first_step} if has_before else {}
+    return [Pair(str(sample["prompt"]), before.get(sample["uid"]), sample) for sample in last[:limit]]
+
+
+def orders(samples: list[Record], limit: int) -> list[Order]:
+    """The denoising order of the first `limit` completions of the last evaluation that recorded one."""
+    recorded = [s for s in samples if s.get("tokens") and len(s["tokens"]) == len(s.get("step_map", ()))]
+    held_out = [sample for sample in recorded if sample.get("split", "eval") == "eval"]
+    return [_order(sample) for sample in _last(held_out or recorded)[:limit]]
+
+
+def _last(samples: list[Record]) -> list[Record]:
+    return [sample for sample in samples if sample["step"] == samples[-1]["step"]]
+
+
+def _order(sample: Record) -> Order:
+    steps: list[int] = sample["step_map"]
+    # Steps at which no token took its final value (in the part that is shown) leave gaps; shades follow the ranks.
+    ranks = {step: rank for rank, step in enumerate(sorted({step for step in steps if step >= 0}))}
+    blocks: list[int] = sample.get("block") or [0] * len(steps)
+    logps: list[float | None] = sample.get("logp") or [None] * len(steps)
+    cells = []
+    for index, (token, step) in enumerate(zip(sample["tokens"], steps, strict=True)):
+        logp = logps[index]
+        cells.append(
+            Cell(
+                text=visible(str(token)),
+                step=step + 1 if step >= 0 else None,
+                shade=ranks[step] * (NUM_SHADES - 1) // max(len(ranks) - 1, 1) if step >= 0 else None,
+                has_border=index > 0 and blocks[index] != blocks[index - 1],
+                hover=_hover(step, logp),
+            )
+        )
+    title = f"{_count(len(steps), 'token')} in {_count(len(ranks), 'step')}, reward {float(sample['reward']):.4g}"
+    return Order(str(sample["prompt"]), title, cells)
+
+
+def _count(num: int, noun: str) -> str:
+    return f"{num} {noun}" if num == 1 else f"{num} {noun}s"
+
+
+def _hover(step: int, logp: float | None) -> str:
+    when = f"step {step + 1}" if step >= 0 else "not sampled"
+    return when if logp is None or step < 0 else f"{when}, log-prob {logp:.3f}"

@@ -1,0 +1,79 @@
+"""The rows that are denoised together: their canvas, what was committed so far, and each row's own place in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dare.core.types import GIVEN, UNSAMPLED, Canvas
+
+
+@dataclass
+class Batch:
+    """B rows on the family's device, written in place. Rows advance independently, block by block.
+
+    start_B       first position of the block that the row is in
+    end_B         first position after the row's completion
+    num_masked_B  masks that the row's block began with
+    step_B        denoising steps that the row took
+    block_step_B  those of its block
+    is_done_B     whether nothing is left to do for the row
+    """
+
+    canvas: Canvas
+    sample_id_B: Tensor
+    block_length: int
+    mask_id: int
+    step_map_BS: Tensor
+    logp_BS: Tensor
+    start_B: Tensor
+    end_B: Tensor
+    num_masked_B: Tensor
+    step_B: Tensor
+    block_step_B: Tensor
+    is_done_B: Tensor
+
+    @classmethod
+    def begin(cls, canvas: Canvas, sample_id_B: Tensor, block_length: int, mask_id: int) -> Batch:
+        """Every row at the block that holds its first completion position."""
+        is_completion_BS, block_BS = canvas.is_completion_BS, canvas.block_BS
+        first_B1 = is_completion_BS.int().argmax(-1, keepdim=True)
+        start_B = (block_BS < block_BS.gather(1, first_B1)).sum(-1)
+        zero_B = torch.zeros_like(start_B)
+        return cls(
+            canvas=canvas,
+            sample_id_B=sample_id_B,
+            block_length=block_length,
+            mask_id=mask_id,
+            step_map_BS=torch.where(is_completion_BS, UNSAMPLED, GIVEN),
+            logp_BS=torch.zeros_like(block_BS, dtype=torch.float32),
+            start_B=start_B,
+            end_B=canvas.is_real_BS.sum(-1),
+            num_masked_B=start_B + block_length - first_B1[:, 0],
+            step_B=zero_B,
+            block_step_B=zero_B.clone(),
+            is_done_B=torch.zeros_like(zero_B, dtype=torch.bool),
+        )
+
+    def window(self, row_H: Tensor) -> Tensor:
+        """int64 [H, K]: positions of the rows' current blocks."""
+        return self.start_B[row_H, None] + torch.arange(self.block_length, device=row_H.device)
+
+    def commit(self, row_N: Tensor, position_N: Tensor, token_N: Tensor, logp_N: Tensor) -> None:
+        """Fix tokens into the canvas, as decided by the rows' current denoising step."""
+        self.canvas.input_BS[row_N, position_N] = token_N
+        self.step_map_BS[row_N, position_N] = self.step_B[row_N]
+        self.logp_BS[row_N, position_N] = logp_N
+
+    def advance(self, row_N: Tensor) -> None:
+        """Move rows to their next block, which is masked throughout."""
+        self.start_B[row_N] += self.block_length
+        self.num_masked_B[row_N] = self.block_length
+        self.block_step_B[row_N] = 0
+
+    def num_waiting(self) -> int:
+        """Masked positions that are still to be sampled, as far as is known."""
+        is_waiting_BS = (self.canvas.input_BS == self.mask_id) & ~self.is_done_B[:, None]
+        return int(is_waiting_BS.sum())

@@ -1,0 +1,58 @@
+"""From hidden states at masked positions to candidates, one chunk of logits at a time."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dare.diffusion import sampling
+from dare.diffusion.unmask import find_policy
+from dare.families.base import Family
+from dare.families.layers.head import chunk_rows
+from dare.rollout.plan import Plan
+
+
+class Candidates(NamedTuple):
+    """What N masked positions propose.
+
+    logp_N   float32, nats: log-prob of the token under the network's own softmax at the sampling temperature,
+             before guidance, forbidden tokens, top-k and top-p: what a trainer scores
+    score_N  float32: what the unmask policy ranks by; 0 where that does not depend on the network
+    """
+
+    token_N: Tensor
+    logp_N: Tensor
+    score_N: Tensor
+
+
+def propose(
+    family: Family, plan: Plan, plain_ND: Tensor, unconditional_ND: Tensor | None, uniform_N: Tensor
+) -> Candidates:
+    """A candidate for each masked position, drawn with its own uniform number."""
+    rows = chunk_rows(family.spec.vocab_size)
+    parts = []
+    for start in range(0, len(plain_ND), rows):
+        part = slice(start, start + rows)
+        logits_NV = family.row_logits(plain_ND[part])
+        unconditional_NV = None if unconditional_ND is None else family.row_logits(unconditional_ND[part])
+        parts.append(_propose_chunk(plan, family.spec.mask_id, logits_NV, unconditional_NV, uniform_N[part]))
+    return Candidates(*(torch.cat(values) for values in zip(*parts, strict=True)))
+
+
+def _propose_chunk(
+    plan: Plan, mask_id: int, logits_NV: Tensor, unconditional_NV: Tensor | None, uniform_N: Tensor
+) -> Candidates:
+    decode = plan.decode
+    guided_NV = logits_NV
+    if unconditional_NV is not None:
+        guided_NV = unconditional_NV + (1.0 + decode.cfg_scale) * (logits_NV - unconditional_NV)
+    allowed_NV = sampling.without(guided_NV, plan.forbidden_ids)
+    token_N = sampling.sample(allowed_NV, decode.temperature, decode.top_k, decode.top_p, uniform_N)
+    logp_N = sampling.token_logp(logits_NV, token_N, plan.logp_temperature)
+    score = find_policy(decode.unmask).score
+    if score == "uniform" or score == "none":
+        return Candidates(token_N, logp_N, torch.zeros_like(logp_N))
+    ranked_NV = sampling.without(guided_NV, plan.unranked_ids)
+    return Candidates(token_N, logp_N, sampling.score(score, ranked_NV, token_N, mask_id))

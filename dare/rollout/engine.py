@@ -1,0 +1,182 @@
+"""The denoising loop: prompts in, traces out.
+
+            +--------------- until every row is done ----------------+
+            v                                                        |
+    read the current block of every row -> candidates at its masks   |
+         -> the unmask policy commits some -> rows whose block is    |
+            complete store it (block cache) and move on, or leave ---+
+
+Rows never wait for one another: each has its own block, step and random numbers, keyed by (sample id, position, step).
+A completion is therefore the same in any batch, order or company.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dare.core.decode import Decode
+from dare.core.errors import DareError
+from dare.core.rng import Key
+from dare.core.types import TraceBatch
+from dare.diffusion import unmask
+from dare.diffusion.trace import is_eos
+from dare.families.base import Family
+from dare.rollout.batch import Batch
+from dare.rollout.candidates import propose
+from dare.rollout.forward import Hidden, make_forward
+from dare.rollout.plan import Plan, check_prompts, make_plan
+from dare.rollout.record import begin_batch, empty_trace, finished, record_batch
+
+
+@dataclass(frozen=True)
+class StepEvent:
+    """One denoising step of N rows, just after it; tensors on the CPU.
+
+    rows             indices into the prompts of the call
+    step_N           int64 each row's own 0-based step
+    ids_NS           int64 the canvas; positions not yet sampled hold the mask id
+    is_committed_NS  bool  what this step committed
+    logp_NS          float32 log-prob at commit of everything committed so far, nats; 0 elsewhere
+    """
+
+    rows: list[int]
+    step_N: Tensor
+    ids_NS: Tensor
+    is_committed_NS: Tensor
+    logp_NS: Tensor
+
+
+def denoise(
+    family: Family,
+    prompts: list[list[int]],
+    decode: Decode,
+    key: Key,
+    sample_ids: list[int],
+    *,
+    weights_version: int = 0,
+    on_step: Callable[[StepEvent], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> TraceBatch:
+    """One completion per prompt, in order, on the CPU.
+
+    sample_ids   with `key`, name the random numbers of each row: equal ids and prompts give equal completions
+    on_step      called after every denoising step
+    on_progress  called with (positions settled, all completion positions) after every denoising step
+
+    Nothing here depends on how rows are batched; `decode.batch_size` bounds memory. Raises DareError for options that
+    do not fit the family and for a prompt that does not fit the model, NonFiniteError if the network's output is not
+    finite.
+    """
+    if len(prompts) != len(sample_ids):
+        raise ValueError(f"{len(prompts)} prompts, but {len(sample_ids)} sample ids")
+    if not prompts:
+        raise DareError("there is no prompt to complete", got="an empty list")
+    plan = make_plan(family, decode)
+    check_prompts(family, prompts)
+    canvas = family.empty_canvas(prompts, decode.gen_length, plan.block_length)
+    trace = empty_trace(family, plan, canvas, sample_ids, weights_version)
+    order_B = torch.tensor(sorted(range(len(prompts)), key=lambda row: len(prompts[row])))
+    total = num_waiting = int(canvas.is_completion_BS.sum())
+    with torch.no_grad():
+        for index_B in torch.split(order_B, decode.batch_size):
+            batch = begin_batch(family, plan, trace, index_B)
+            num_others = num_waiting - batch.num_waiting()
+            for row_N, is_committed_NK in _steps(family, batch, plan, key):
+                if on_step is not None:
+                    on_step(_event(batch, index_B, row_N, is_committed_NK, canvas.length))
+                if on_progress is not None:
+                    on_progress(total - num_others - batch.num_waiting(), total)
+            record_batch(batch, trace, index_B, family.spec.pad_id)
+            num_waiting = num_others
+    return finished(trace)
+
+
+def _steps(family: Family, batch: Batch, plan: Plan, key: Key) -> Iterator[tuple[Tensor, Tensor]]:
+    """Denoise a batch to its end. After each step: the rows that took part and what they committed, bool [N, K]."""
+    row_H = torch.arange(batch.canvas.batch_size, device=batch.start_B.device)
+    forward = make_forward(family, batch, plan, row_H)
+    while True:
+        window_HK = batch.window(row_H)
+        is_masked_HK = _is_masked(batch, row_H, window_HK) & ~batch.is_done_B[row_H, None]
+        is_denoising_H = is_masked_HK.any(-1)
+        hidden = forward.read(row_H)
+        if bool(is_denoising_H.any()):
+            is_committed_HK = _commit(family, batch, plan, key, row_H, is_masked_HK, hidden)
+            batch.step_B[row_H] += is_denoising_H
+            batch.block_step_B[row_H] += is_denoising_H
+            is_complete_H = ~(is_masked_HK & ~is_committed_HK).any(-1)
+            batch.is_done_B[row_H] |= is_complete_H & _is_terminal(family, batch, plan, row_H, window_HK)
+            yield row_H[is_denoising_H], is_committed_HK[is_denoising_H]
+        else:
+            is_complete_H = torch.ones_like(is_denoising_H)
+        is_live_H = ~batch.is_done_B[row_H]
+        # With a store pass, a block is stored by the first forward that finds it complete.
+        is_left_H = ~is_denoising_H if forward.has_store_pass else is_complete_H
+        batch.advance(row_H[is_live_H & is_left_H])
+        num_live = int(is_live_H.sum())
+        if num_live == 0:
+            return
+        if num_live < len(row_H) and num_live <= forward.keeps_rows_until * len(row_H):
+            forward.keep(is_live_H.nonzero()[:, 0])
+            row_H = row_H[is_live_H]
+
+
+def _commit(
+    family: Family, batch: Batch, plan: Plan, key: Key, row_H: Tensor, is_masked_HK: Tensor, hidden: Hidden
+) -> Tensor:
+    """bool [H, K]: the positions that this step commits; the batch holds them afterwards."""
+    place_N, column_N = is_masked_HK.nonzero(as_tuple=True)
+    row_N = row_H[place_N]
+    position_N = batch.start_B[row_N] + column_N
+    counters = (batch.sample_id_B[row_N], position_N, batch.step_B[row_N])
+    unconditional_HKD = hidden.unconditional_HKD
+    found = propose(
+        family,
+        plan,
+        hidden.plain_HKD[place_N, column_N],
+        None if unconditional_HKD is None else unconditional_HKD[place_N, column_N],
+        key.fold("token").uniform(*counters),
+    )
+    policy = plan.decode.unmask
+    score_N = found.score_N
+    if unmask.find_policy(policy).score == "uniform":
+        score_N = key.fold("unmask").uniform(*counters).to(score_N.dtype)
+    score_HK = torch.zeros(is_masked_HK.shape, dtype=score_N.dtype, device=score_N.device)
+    score_HK[place_N, column_N] = score_N
+    quota_H = unmask.quota(batch.num_masked_B[row_H], plan.num_steps, batch.block_step_B[row_H])
+    is_committed_HK = unmask.commits(policy, score_HK, is_masked_HK, quota_H, plan.decode)
+    chosen_N = is_committed_HK[place_N, column_N]
+    batch.commit(row_N[chosen_N], position_N[chosen_N], found.token_N[chosen_N], found.logp_N[chosen_N])
+    return is_committed_HK
+
+
+def _is_masked(batch: Batch, row_H: Tensor, window_HK: Tensor) -> Tensor:
+    return batch.canvas.input_BS[row_H[:, None], window_HK] == batch.mask_id
+
+
+def _is_terminal(family: Family, batch: Batch, plan: Plan, row_H: Tensor, window_HK: Tensor) -> Tensor:
+    """bool [H]: whether the row ends with its current block, given that the block is complete."""
+    is_last_H = window_HK[:, -1] + 1 >= batch.end_B[row_H]
+    if not plan.has_eos_stop:
+        return is_last_H
+    ids_HK = batch.canvas.input_BS[row_H[:, None], window_HK]
+    is_completion_HK = batch.canvas.is_completion_BS[row_H[:, None], window_HK]
+    return is_last_H | (is_eos(ids_HK, family.spec.eos_ids) & is_completion_HK).any(-1)
+
+
+def _event(batch: Batch, index_B: Tensor, row_N: Tensor, is_committed_NK: Tensor, width: int) -> StepEvent:
+    """What `row_N` just committed; canvases as wide as those of the whole call, padded with zeros."""
+    committed_NS = torch.zeros_like(batch.step_map_BS[row_N], dtype=torch.bool)
+    committed_NS.scatter_(1, batch.window(row_N), is_committed_NK)
+    missing = width - batch.canvas.length
+    ids_NS, is_committed_NS, logp_NS = (
+        functional.pad(tensor_NS, (0, missing)).cpu()
+        for tensor_NS in (batch.canvas.input_BS[row_N], committed_NS, batch.logp_BS[row_N])
+    )
+    rows = index_B[row_N.cpu()].tolist()
+    return StepEvent(rows, batch.step_B[row_N].cpu() - 1, ids_NS, is_committed_NS, logp_NS)

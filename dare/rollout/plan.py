@@ -1,0 +1,94 @@
+"""Decode options resolved for one family, with everything refused that cannot work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dare.core.decode import Decode
+from dare.core.errors import DareError
+from dare.diffusion.unmask import find_policy
+from dare.families.base import Family
+
+CacheName = Literal["none", "prefix", "dual", "block"]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run does, without a choice left open."""
+
+    decode: Decode
+    block_length: int
+    num_steps: int  # denoising steps per block of a fixed schedule
+    cache: CacheName
+    has_eos_stop: bool
+    forbidden_ids: tuple[int, ...]  # never produced
+    unranked_ids: tuple[int, ...]  # left out of the distribution that positions are ranked by
+
+    @property
+    def logp_temperature(self) -> float:
+        """Temperature of the log-probs at commit; greedy decoding reports plain probabilities."""
+        return self.decode.temperature or 1.0
+
+
+def make_plan(family: Family, decode: Decode) -> Plan:
+    """Options and defaults that fit the family. Raises DareError for combinations that do not work."""
+    spec = family.spec
+    block_length = spec.block_length if decode.block_length is None else decode.block_length
+    try:
+        decode.check_block(block_length)
+    except ValueError as error:
+        raise DareError(str(error), where="decode.steps_per_block") from None
+    is_blockwise = spec.attention == "block_causal"
+    cache = _pick_cache(family, decode, is_blockwise)
+    if decode.cfg_scale and (is_blockwise or cache != "none"):
+        raise DareError(
+            "classifier-free guidance needs a masked model without a cache",
+            where="decode.cfg_scale",
+            got=f"cfg_scale {decode.cfg_scale}, family {spec.name}, cache {cache}",
+            fix="set cfg_scale to 0" if is_blockwise else "set cache: none",
+        )
+    if decode.zero_eos_confidence and find_policy(decode.unmask).score != "confidence":
+        raise DareError(
+            "zero_eos_confidence needs a policy that ranks positions by the confidence of their candidates",
+            where="decode.zero_eos_confidence",
+            got=f"unmask: {decode.unmask}",
+            expected="unmask: low_confidence, threshold or factor",
+        )
+    return Plan(
+        decode=decode,
+        block_length=block_length,
+        num_steps=block_length if decode.steps_per_block is None else decode.steps_per_block,
+        cache=cache,
+        has_eos_stop=is_blockwise if decode.eos_stop is None else decode.eos_stop,
+        forbidden_ids=(spec.mask_id, *(spec.eos_ids if decode.forbid_eos else ())),
+        unranked_ids=spec.eos_ids if decode.forbid_eos or decode.zero_eos_confidence else (),
+    )
+
+
+def check_prompts(family: Family, prompts: list[list[int]]) -> None:
+    """Raise DareError for a prompt that is masked itself; lengths and ids are checked where the canvas is laid out."""
+    mask_id = family.spec.mask_id
+    for index, prompt in enumerate(prompts):
+        if mask_id in prompt:
+            raise DareError(
+                "a prompt holds the mask token, which marks positions to fill",
+                where=f"row {index}, position {prompt.index(mask_id)}",
+                got=f"token id {mask_id}",
+                fix="remove it from the prompt",
+            )
+
+
+def _pick_cache(family: Family, decode: Decode, is_blockwise: bool) -> CacheName:
+    if decode.cache == "none":
+        return "none"
+    if decode.cache == "auto":
+        return "block" if is_blockwise else "none"
+    if is_blockwise or family.spec.is_shifted:
+        raise DareError(
+            f"cache: {decode.cache} approximates full attention over unshifted logits",
+            where="decode.cache",
+            got=f"family {family.spec.name}",
+            fix="use cache: auto, which is exact",
+        )
+    return decode.cache

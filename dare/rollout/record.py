@@ -1,0 +1,88 @@
+"""Traces before and after a rollout: laid out empty, filled batch by batch, cut where rows ended."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from dare.core.errors import NonFiniteError
+from dare.core.types import GIVEN, Canvas, TraceBatch
+from dare.diffusion.trace import has_eos
+from dare.families.base import Family
+from dare.rollout.batch import Batch
+from dare.rollout.plan import Plan
+
+
+def empty_trace(family: Family, plan: Plan, canvas: Canvas, sample_ids: list[int], weights_version: int) -> TraceBatch:
+    """The trace of a rollout that has not begun, on the CPU."""
+    sample_id_B = torch.tensor(sample_ids)
+    return TraceBatch(
+        canvas=canvas,
+        step_map_BS=torch.full_like(canvas.input_BS, GIVEN),
+        logp_BS=torch.zeros(canvas.input_BS.shape),
+        nfe_B=torch.zeros_like(sample_id_B),
+        is_eos_B=torch.zeros_like(sample_id_B, dtype=torch.bool),
+        sample_id_B=sample_id_B,
+        mask_id=family.spec.mask_id,
+        eos_ids=family.spec.eos_ids,
+        temperature=plan.decode.temperature,
+        is_exact=plan.cache in ("none", "block"),
+        weights_version=weights_version,
+        decode=plan.decode.model_dump(mode="json"),
+    )
+
+
+def begin_batch(family: Family, plan: Plan, trace: TraceBatch, index_B: Tensor) -> Batch:
+    """The chosen rows on the family's device, no wider than they need to be."""
+    rows = trace.canvas.rows(index_B)
+    width = int(rows.is_real_BS.any(0).sum())
+    canvas = _columns(rows, width, family.device)
+    sample_id_B = trace.sample_id_B[index_B].to(family.device)
+    return Batch.begin(canvas, sample_id_B, plan.block_length, family.spec.mask_id)
+
+
+def record_batch(batch: Batch, trace: TraceBatch, index_B: Tensor, pad_id: int) -> None:
+    """Write a finished batch into the rows `index_B` of the trace.
+
+    A blockwise row ends with its last block: what lies beyond becomes padding. In a row with full attention it stays
+    masked, because the tokens before it were committed in its sight.
+    Raises NonFiniteError if the network's output was not finite.
+    """
+    if not bool(batch.logp_BS.isfinite().all()):
+        raise NonFiniteError(
+            "the network's output is not finite", where="rollout", fix="load a checkpoint with finite weights"
+        )
+    width = batch.canvas.length
+    ids_BS, step_map_BS = batch.canvas.input_BS.cpu(), batch.step_map_BS.cpu()
+    if batch.canvas.is_blockwise:
+        end_B = (batch.start_B + batch.block_length).cpu()
+        is_beyond_BS = torch.arange(width) >= end_B[:, None]
+        ids_BS = ids_BS.masked_fill(is_beyond_BS, pad_id)
+        step_map_BS = step_map_BS.masked_fill(is_beyond_BS, GIVEN)
+        trace.canvas.is_real_BS[index_B, :width] &= ~is_beyond_BS
+        trace.canvas.is_completion_BS[index_B, :width] &= ~is_beyond_BS
+    trace.canvas.input_BS[index_B, :width] = ids_BS
+    trace.step_map_BS[index_B, :width] = step_map_BS
+    trace.logp_BS[index_B, :width] = batch.logp_BS.cpu()
+    trace.nfe_B[index_B] = batch.step_B.cpu()
+
+
+def finished(trace: TraceBatch) -> TraceBatch:
+    """The trace without columns that are padding in every row, and with `is_eos_B` filled in."""
+    width = int(trace.canvas.is_real_BS.any(0).sum())
+    narrow = dataclasses.replace(
+        trace,
+        canvas=_columns(trace.canvas, width, torch.device("cpu")),
+        step_map_BS=trace.step_map_BS[:, :width],
+        logp_BS=trace.logp_BS[:, :width],
+    )
+    return dataclasses.replace(narrow, is_eos_B=has_eos(narrow))
+
+
+def _columns(canvas: Canvas, width: int, device: torch.device) -> Canvas:
+    """A copy of the first columns on a device."""
+    tensors = (canvas.input_BS, canvas.is_completion_BS, canvas.is_real_BS, canvas.block_BS)
+    input_BS, is_completion_BS, is_real_BS, block_BS = (tensor[:, :width].to(device, copy=True) for tensor in tensors)
+    return Canvas(input_BS, is_completion_BS, is_real_BS, block_BS, canvas.attention)

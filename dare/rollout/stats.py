@@ -1,0 +1,28 @@
+"""What a rollout cost and how it ended, in numbers."""
+
+from __future__ import annotations
+
+from dare.core.types import TraceBatch
+from dare.diffusion.trace import scored_mask
+
+
+def rollout_stats(trace: TraceBatch) -> dict[str, float]:
+    """Means over the rows of a rollout.
+
+    nfe                 denoising forwards per row
+    completion_length   tokens through the first EOS
+    tokens_per_forward  all such tokens over all forwards
+    eos_rate            share of rows with an EOS
+    truncation_rate     share of rows that ran to their full length without one
+    """
+    num_rows = len(trace.nfe_B)
+    num_tokens = int(scored_mask(trace).sum())
+    num_forwards = int(trace.nfe_B.sum())
+    eos_rate = int(trace.is_eos_B.sum()) / num_rows
+    return {
+        "nfe": num_forwards / num_rows,
+        "completion_length": num_tokens / num_rows,
+        "tokens_per_forward": num_tokens / num_forwards,
+        "eos_rate": eos_rate,
+        "truncation_rate": 1.0 - eos_rate,
+    }
