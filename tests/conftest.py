@@ -12,7 +12,7 @@ from dare.families.base import Family
 from dare.families.weights import create_family, save_family
 
 torch.set_num_threads(1)
-ALPHABET = "0123456789+-*/()=>. "
+ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ+-*/()=>. "
 
 
 def tiny_family(name: str, *, seed: int = 0, vocab_size: int = 24) -> Family:

@@ -23,8 +23,8 @@ class DataRecipe(Options):
     split: str = Field("train", description="which split of a data set that has several")
     format: RowFormat | None = Field(
         None,
-        description="prompt_completion: columns prompt and completion, text or messages; messages: a column of that name; "
-        "prompt_only: for generation; default: by the columns",
+        description="prompt_completion: columns prompt and completion, text or messages; messages: a column of that "
+        "name; prompt_only: for generation; default: by the columns",
     )
     loss_turns: LossTurns = Field("last", description="messages: which assistant turns carry loss")
     eos: EosPolicy | None = Field(

@@ -68,8 +68,13 @@ class Canvas:
 
     def rows(self, index: Tensor | slice) -> Canvas:
         """The chosen rows, in that order."""
-        tensors = (self.input_BS, self.is_completion_BS, self.is_real_BS, self.block_BS)
-        return Canvas(*(tensor[index] for tensor in tensors), attention=self.attention)
+        return Canvas(
+            input_BS=self.input_BS[index],
+            is_completion_BS=self.is_completion_BS[index],
+            is_real_BS=self.is_real_BS[index],
+            block_BS=self.block_BS[index],
+            attention=self.attention,
+        )
 
     @property
     def is_blockwise(self) -> bool:

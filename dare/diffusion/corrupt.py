@@ -173,7 +173,7 @@ def exact_count(
 
     l is uniform on {lowest..n}, stratified over the views of the sample (`stratified_counts`); weight
     (n + 1 - lowest) / l / num_views. The sum over a sample's views is an unbiased estimate of its ELBO (LLaDA, Nie et
-    al. 2025, equation 6; ESPO starts at 0 and then one draw in n + 1 scores nothing).
+    al. 2025; ESPO starts at 0 and then one draw in n + 1 scores nothing).
     """
     scope = scored_scope(samples)
     is_drawn_BMS, weight_BMS = _draw_counts(samples, key, scope, num_views, lowest)[:2]

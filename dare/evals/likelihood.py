@@ -19,10 +19,12 @@ def log_likelihood(family: Family, context: list[int], completion: list[int], nu
     Each draw masks exactly l tokens, l uniform on {1..L} and stratified over the draws, weight L / l. Unlike the
     public LLaDA evaluation the batch size is no part of the estimator (there it sets the strata). A completion of
     one token is exact with one draw. Block models: the same per block, all blocks of a draw in one forward.
-    Raises DareError for an empty completion.
+    Raises DareError for an empty completion or one that holds the mask token.
     """
     if not completion:
         raise DareError("the completion is empty, so it has no likelihood", fix="give at least one token")
+    if family.spec.mask_id in completion:
+        raise DareError("the completion holds the mask token, which has no likelihood", fix="give real tokens only")
     if num_samples < 1:
         raise DareError("num_samples must be at least 1", got=num_samples)
     num_draws = 1 if len(completion) == 1 else num_samples
@@ -38,7 +40,7 @@ def log_likelihood(family: Family, context: list[int], completion: list[int], nu
     views = corrupt.exact_count(samples, key, num_views=num_draws)
     total = 0.0
     with torch.no_grad():
-        for part in torch.arange(num_draws).split(_VIEWS_PER_FORWARD):
+        for part in torch.split(torch.arange(num_draws), _VIEWS_PER_FORWARD):
             chosen = views.rows(part)
             logp_RS = family.view_logp(chosen, canvas.rows(chosen.sample_R))
             total += float((logp_RS.cpu().double() * chosen.weight_RS).sum())

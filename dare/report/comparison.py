@@ -30,6 +30,11 @@ class Change:
     low: float
     high: float
 
+    @property
+    def includes_zero(self) -> bool:
+        """Whether the interval does not tell better from worse."""
+        return self.low <= 0.0 <= self.high
+
 
 @dataclass(frozen=True)
 class Comparison:

@@ -77,7 +77,8 @@ def ticks(low: float, high: float, num: int) -> list[float]:
     """Round values in [low, high], about `num` of them, 1, 2 or 5 times a power of ten apart."""
     rough = (high - low) / num
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
+    limits = ((1, 2**0.5), (2, 10**0.5), (5, 50**0.5), (10, math.inf))  # the factor that is closest in ratio
+    step = next(factor * power for factor, limit in limits if rough / power < limit)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     num_decimals = -math.floor(math.log10(step))
     return [round(index * step, num_decimals) for index in range(first, last + 1)]  # 0.3, not 0.30000000000000004

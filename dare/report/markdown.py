@@ -19,9 +19,10 @@ def render_markdown(run: RunData, comparison: Comparison) -> str:
     if comparison.change is not None:
         before, after = comparison.rows[-2].evaluation, comparison.rows[-1].evaluation
         change = comparison.change
+        unclear = ", which includes no change" if change.includes_zero else ""
         lines += [
             f"{percent(before['solve_rate'])} → **{percent(after['solve_rate'])}** solved: "
-            f"{points(change.value)} points (95% interval {points(change.low)} to {points(change.high)}).",
+            f"{points(change.value)} points (95% interval {points(change.low)} to {points(change.high)}{unclear}).",
             "",
         ]
     if comparison.rows:

@@ -16,6 +16,8 @@ _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,30}")
 
 
 class ChainSumOptions(TaskOptions):
+    """How long the sums are, and what a wrong integer is worth."""
+
     min_terms: int = Field(2, ge=2, le=32, description="fewest numbers in a sum")
     max_terms: int = Field(3, ge=2, le=32, description="most numbers in a sum")
     min_digits: int = Field(2, ge=1, le=12, description="fewest digits of a number")

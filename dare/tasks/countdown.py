@@ -21,6 +21,8 @@ _DIGITS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 class CountdownOptions(TaskOptions):
+    """Which numbers and targets, and what a wrong expression is worth."""
+
     min_numbers: int = Field(3, ge=2, le=16, description="fewest given numbers")
     max_numbers: int = Field(3, ge=2, le=16, description="most given numbers")
     min_value: int = Field(1, ge=1, description="smallest given number")

@@ -62,6 +62,8 @@ class IsolatedScorer:
             self._child = None
 
     def _send(self, request: dict[str, Any]) -> None:
+        if self._child is not None and self._child.poll() is not None:
+            self.close()
         self._child = self._child or _start()
         assert self._child.stdin is not None
         self._child.stdin.write(json.dumps(request).encode() + b"\n")

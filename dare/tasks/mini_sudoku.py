@@ -16,6 +16,8 @@ _SIDE = 4
 
 
 class MiniSudokuOptions(TaskOptions):
+    """How many cells are empty, and what a wrong grid is worth."""
+
     min_empty: int = Field(8, ge=1, le=12, description="fewest empty cells; rarely undercut to keep a puzzle unique")
     max_empty: int = Field(12, ge=1, le=12, description="most empty cells")
     cell_reward: float = Field(

@@ -19,6 +19,8 @@ _MAX_CHARS = 20_000
 
 
 class ReasoningGymOptions(TaskOptions):
+    """Which dataset, and how its questions and answers are framed."""
+
     dataset: str = Field(description="reasoning-gym's name, such as spell_backward")
     parameters: dict[str, Any] = Field({}, description="of the dataset, such as {max_word_len: 5}")
     is_chat: bool = Field(False, description="pose the question as a user message, for models with a chat template")

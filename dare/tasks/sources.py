@@ -15,6 +15,8 @@ Entry = dict[str, Any]  # a problem as reasoning-gym returns it: question, answe
 
 @dataclass(frozen=True, slots=True)
 class Source:
+    """Everything that determines a dataset's problems."""
+
     dataset: str  # reasoning-gym's name
     parameters: str  # of the dataset, as JSON: hashable, and ready for another process
     seed: int

@@ -42,7 +42,7 @@ class ConsoleReporter:
     """
 
     def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
-        self._console = console or Console(stderr=True)
+        self._console = console or Console(highlight=False)
         self._clock = clock
         self._live: Live | None = None
         self._log_every = 1

@@ -47,7 +47,9 @@ def rate(per_second: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as 0.4s, 12s, 3m05s or 2h07m."""
+    """Seconds as 40ms, 1.4s, 12s, 3m05s or 2h07m."""
+    if 0 < seconds < 0.9995:
+        return f"{1000 * seconds:.0f}ms"
     if seconds < 9.95:
         return f"{seconds:.1f}s"
     minutes, rest = divmod(round(seconds), 60)

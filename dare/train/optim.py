@@ -83,20 +83,24 @@ class Optimizer:
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Restore what `state` returned. Raises DareError if it belongs to another set of parameters."""
-        self.num_done = int(tensors["num_done"])
-        keys = ("step", "exp_avg", "exp_avg_sq") if self.num_done else ()
+        moments: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            kind, _, name = key.partition("/")
+            if not name:
+                continue
+            if name not in self.masters or (tensor.ndim and tensor.shape != self.masters[name].shape):
+                raise DareError("the optimizer state belongs to another model", got=f"{key} {tuple(tensor.shape)}")
+            moments.setdefault(name, {})[kind] = tensor.clone()
         for name, master in self.masters.items():
-            wanted = [f"{key}/{name}" for key in keys]
+            state = moments.get(name, {})
             if master is not self.parameters[name]:
-                wanted.append(f"master/{name}")
-            missing = [key for key in wanted if key not in tensors]
-            if missing:
-                raise DareError("the optimizer state belongs to another model or dtype", got=f"no {missing[0]}")
-            if keys:
-                self.adam.state[master] = {key: tensors[f"{key}/{name}"].clone() for key in keys}
-            if master is not self.parameters[name]:
+                if "master" not in state:
+                    raise DareError("the optimizer state belongs to a model of another dtype", got=f"no master/{name}")
                 with torch.no_grad():
-                    master.copy_(tensors[f"master/{name}"])
+                    master.copy_(state.pop("master"))
+            if state:  # none for a parameter that has not had a gradient yet
+                self.adam.state[master] = state
+        self.num_done = int(tensors["num_done"])
 
     def _first_bad(self) -> str:
         for name, master in self.masters.items():

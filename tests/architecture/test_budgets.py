@@ -54,16 +54,9 @@ def test_no_branch_on_the_name_of_a_plugin(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=_name)
-def test_every_public_function_says_what_comes_out(path: Path) -> None:
-    """Public means: no underscore, at module or class level; protocols' one-line stubs are documented once."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ClassDef):
-            is_protocol = any(isinstance(base, ast.Name) and base.id == "Protocol" for base in node.bases)
-            assert node.name.startswith("_") or is_protocol or ast.get_docstring(node) or _is_options(node), node.name
+def test_public_functions_say_what_comes_out(path: Path) -> None:
+    """No underscore, at module level, longer than a few lines: a docstring."""
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
-            assert ast.get_docstring(node) or len(node.body) <= 4, f"{node.name} has no docstring"
-
-
-def _is_options(node: ast.ClassDef) -> bool:
-    return any(isinstance(base, ast.Name) and base.id in {"Options", "Plugin"} for base in node.bases)
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert ast.get_docstring(node) or length <= 6, f"{node.name} has no docstring"

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import toy
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -22,6 +21,7 @@ from dare.algorithms.sft import SFT, SFTOptions
 from dare.core.rng import Key
 from dare.core.types import Samples, Views
 from dare.diffusion import corrupt, likelihood
+from tests.numerics import toy
 
 ONLINE: dict[str, PolicyAlgorithm[Any]] = {
     "d1": D1(D1Options()),

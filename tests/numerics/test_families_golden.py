@@ -29,7 +29,8 @@ def family_of(name: str) -> Family:
 
 @cache
 def tensors_of(name: str, kind: str) -> dict[str, Tensor]:
-    return load_file(GOLDEN / name / f"{kind}.safetensors")
+    tensors: dict[str, Tensor] = load_file(GOLDEN / name / f"{kind}.safetensors")
+    return tensors
 
 
 @cache
@@ -41,7 +42,9 @@ def cases_of(name: str, kind: str) -> dict[str, Any]:
 def case(name: str, kind: str, label: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Metadata and tensors of one stored case."""
     prefix = f"{label}/"
-    tensors = {key.removeprefix(prefix): value for key, value in tensors_of(name, kind).items() if key.startswith(prefix)}
+    tensors = {
+        key.removeprefix(prefix): value for key, value in tensors_of(name, kind).items() if key.startswith(prefix)
+    }
     return cases_of(name, kind)[label], tensors
 
 
@@ -88,9 +91,7 @@ def test_full_attention(name: str, label: str) -> None:
     check_logits(logits, tensors["logits"])
 
 
-@pytest.mark.parametrize(
-    ("name", "label"), [("llada", "full_b2_t17"), ("llada", "full_b3_t9"), ("sdar", "full")]
-)
+@pytest.mark.parametrize(("name", "label"), [("llada", "full_b2_t17"), ("llada", "full_b3_t9"), ("sdar", "full")])
 def test_final_hidden_states(name: str, label: str) -> None:
     family = family_of(name)
     _, tensors = case(name, "forward", label)
@@ -109,7 +110,12 @@ def test_padding_of_a_masked_model(label: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "label"),
-    [("sdar", "block_causal_bl1"), ("sdar", "block_causal_bl4"), ("sdar", "block_causal_bl8"), ("sdar_tied", "block_causal_bl4")],
+    [
+        ("sdar", "block_causal_bl1"),
+        ("sdar", "block_causal_bl4"),
+        ("sdar", "block_causal_bl8"),
+        ("sdar_tied", "block_causal_bl4"),
+    ],
 )
 def test_block_causal(name: str, label: str) -> None:
     meta, tensors = case(name, "forward", label)
@@ -182,7 +188,7 @@ def test_training_loss_and_gradients_of_a_block_model(label: str) -> None:
 
     loss = -(logp_RS[rows["is_target"]] / rows["p"][rows["is_target"]]).sum() / is_answer.sum()
     assert loss.item() == pytest.approx(meta["loss"], rel=RTOL)
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     grads = {name: parameter.grad for name, parameter in family.network.named_parameters()}
     assert grads.keys() == meta["grad_norms"].keys()
     for name, grad in grads.items():
@@ -195,7 +201,8 @@ def test_training_loss_and_gradients_of_a_block_model(label: str) -> None:
 
 def unpack(value_BS: Tensor, lengths: list[int]) -> Tensor:
     """[documents, longest]: the documents of packed rows, right-padded with zeros."""
-    return torch.nn.utils.rnn.pad_sequence(list(value_BS.flatten().split(lengths)), batch_first=True)
+    documents = torch.split(value_BS.flatten(), lengths)
+    return torch.nn.utils.rnn.pad_sequence(list(documents), batch_first=True)
 
 
 @pytest.mark.parametrize("label", ["ll_plain", "ll_single_token"])

@@ -9,7 +9,6 @@ from typing import Literal
 
 import pytest
 import torch
-import toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -19,6 +18,7 @@ from dare.core.rng import Key
 from dare.core.types import Samples, Views
 from dare.diffusion import corrupt
 from dare.diffusion.schedule import SCHEDULES, find_schedule, spread_time
+from tests.numerics import toy
 
 PLANS: dict[str, Callable[[Samples, Key], Views]] = {
     "all_masked": lambda samples, key: corrupt.all_masked(samples, key, prompt_noise=0.5),
@@ -109,6 +109,26 @@ def test_views_differ_between_keys_and_samples(plan: str) -> None:
     assert torch.equal(first.noisy_RS, PLANS[plan](samples, Key(0)).noisy_RS)
     half = first.num_views // 2
     assert not torch.equal(first.noisy_RS[:half], first.noisy_RS[half:])
+
+
+@pytest.mark.parametrize(
+    ("plan", "first", "second"),
+    [
+        ("bernoulli", 0, 1),
+        ("bernoulli_independent", 0, 1),
+        ("exact_count", 0, 2),
+        ("complementary", 0, 2),
+        ("coupled", 1, 3),
+        ("coupled_exact_count", 0, 2),
+    ],
+)
+def test_views_of_a_sample_draw_their_own_masks(plan: str, first: int, second: int) -> None:
+    """Two masks from the same uniforms would be nested in one another whatever their sizes."""
+    samples = toy.make_samples([[0] * 40] * 8)
+    views = PLANS[plan](samples, Key(3))
+    is_target_BMS = views.is_target_RS.view(8, -1, views.target_RS.shape[1])
+    one_BS, other_BS = is_target_BMS[:, first], is_target_BMS[:, second]
+    assert bool(((one_BS & ~other_BS).any(-1) & (other_BS & ~one_BS).any(-1)).any())
 
 
 @all_blocks

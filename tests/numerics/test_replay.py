@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import toy
 from torch import Tensor
 
 from dare.algorithms.base import Algorithm
@@ -17,6 +16,7 @@ from dare.algorithms.espo import ESPO, ESPOOptions
 from dare.algorithms.sft import SFT, SFTOptions
 from dare.core.rng import Key
 from dare.core.types import Samples, Views
+from tests.numerics import toy
 
 ALGORITHMS: dict[str, Algorithm[Any]] = {
     "sft": SFT(SFTOptions(views_per_sample=2)),

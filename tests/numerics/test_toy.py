@@ -8,7 +8,6 @@ import math
 import numpy as np
 import pytest
 import torch
-import toy
 from torch import Tensor
 
 from dare.algorithms.coupled_grpo import CoupledGRPO, CoupledGRPOOptions
@@ -18,6 +17,7 @@ from dare.core.rng import Key
 from dare.core.types import Samples
 from dare.diffusion import corrupt, likelihood
 from dare.objectives.kl import estimate_kl
+from tests.numerics import toy
 
 ELBO, ELBO_SLOPE = -4.4783095268, -0.9556179371
 TERMS = {1: -1.1804504199, 2: -2.1859872811, 3: -3.2879328565, 4: -4.4355513900}

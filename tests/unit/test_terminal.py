@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import io
+import json
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+import torch
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
 from dare.core.recipe import Recipe, parse_recipe
+from dare.core.text import Completion
 from dare.evals.intervals import wilson
+from dare.rollout.engine import StepEvent
+from dare.terminal.canvas import CanvasView
+from dare.terminal.completions import print_completions
 from dare.terminal.eta import Eta, Remaining
 from dare.terminal.metrics import labelled, time_split
 from dare.terminal.progress import ConsoleReporter, NullReporter
+from dare.terminal.rows import print_row
 from dare.terminal.text import duration, number, rate, shorten, visible
 
 
-@given(st.text())
+@settings(max_examples=40)
+@given(st.text(max_size=30))
 def test_visible_text_is_one_harmless_line(text: str) -> None:
     shown = visible(text)
     assert not {unicodedata.category(character) for character in shown} & {"Cc", "Cf", "Cs", "Zl", "Zp"}
@@ -48,8 +56,10 @@ def test_numbers_read_well() -> None:
         "1.00e-06",
         "nan",
     ]
-    assert [duration(seconds) for seconds in (0.04, 9.94, 9.96, 59.6, 185, 3599.6, 7620)] == [
+    assert [duration(seconds) for seconds in (0.0, 0.04, 1.44, 9.94, 9.96, 59.6, 185, 3599.6, 7620)] == [
         "0.0s",
+        "40ms",
+        "1.4s",
         "9.9s",
         "10s",
         "1m00s",
@@ -228,6 +238,79 @@ def test_stopped_run_and_resumed_run_say_so() -> None:
         "warning: [bold]doubtful[/bold]",
         "stopped after step 2 of 4, 5.0s",
     ]
+
+
+def canvas_frames(console: Console) -> None:
+    """Two prompts of unequal length; the second one is padded and starts a step later."""
+    names = dict(enumerate("0123456789"))
+    mask, eos, pad = 10, 11, 12
+    with CanvasView(lambda token: names.get(token, f"<{token}>"), mask, [eos], console) as view:
+        first = StepEvent(
+            rows=[0],
+            step_N=torch.tensor([0]),
+            ids_NS=torch.tensor([[1, 2, mask, 7, mask]]),
+            is_committed_NS=torch.tensor([[False, False, False, True, False]]),
+            logp_NS=torch.tensor([[0.0, 0.0, 0.0, -0.01, 0.0]]),
+        )
+        second = StepEvent(
+            rows=[1, 0],
+            step_N=torch.tensor([0, 1]),
+            ids_NS=torch.tensor([[3, mask, 4, pad, 0], [1, 2, 5, 7, eos]]),
+            is_committed_NS=torch.tensor([[False, False, True, False, False], [False, False, True, False, True]]),
+            logp_NS=torch.tensor([[0.0, 0.0, -5.0, 0.0, 0.0], [0.0, 0.0, -0.5, -0.01, 0.0]]),
+        )
+        view.on_step(first)
+        view.on_step(second)
+
+
+def test_canvas_frames_without_a_terminal() -> None:
+    out = io.StringIO()
+    canvas_frames(Console(file=out, width=80, force_terminal=False, highlight=False))
+    assert out.getvalue().splitlines()[1:] == ["step 1", "  1  12░7░", "step 2", "  1  1257∎", "  2  3░4", ""]
+
+
+def test_canvas_colours_say_how_sure_a_commit_was() -> None:
+    """Green from 0.9, yellow from 0.5, red below; bold is new, dim was given."""
+    out = io.StringIO()
+    console = Console(file=out, width=40, force_terminal=True, color_system="standard", legacy_windows=False)
+    canvas_frames(console)
+    last = out.getvalue().rpartition("\x1b[2K")[2]
+    dim, green, bold_green, bold_yellow, bold_red = "\x1b[2m", "\x1b[32m", "\x1b[1;32m", "\x1b[1;33m", "\x1b[1;31m"
+    for cell in (f"{dim}1", f"{dim}2", f"{bold_yellow}5", f"{green}7", f"{bold_green}∎", f"{dim}3", f"{bold_red}4"):
+        assert cell in last
+
+
+def test_rows_show_which_positions_carry_loss() -> None:
+    out = io.StringIO()
+    tokens = [
+        ("1", True, False),
+        (" ", True, False),
+        ("\x1b", True, False),
+        ("14", False, True),
+        ("<eos>", False, False),
+    ]
+    print_row("task/0", tokens, Console(file=out, width=16, force_terminal=False, highlight=False))
+    assert [line.rstrip() for line in out.getvalue().splitlines()[-4:]] == [
+        "1 ␣ \\x1b 14",
+        "· · ···· ^^",
+        "<eos>",
+        "-----",
+    ]
+    heading = " ".join(" ".join(out.getvalue().splitlines()[:-4]).split())
+    assert heading == "task/0 3 prompt + 2 completion tokens, 1 carry loss"
+
+
+def test_completions_as_text_and_as_json() -> None:
+    completion = Completion([1, 2, 9], "a\nb\x1b[31m", [0, 0, 1], [-0.5, -0.25, 0.0], nfe=2, finish="eos")
+    out = io.StringIO()
+    console = Console(file=out, width=20, force_terminal=False, highlight=False)
+    print_completions(["[b]1+1=", [4, 5]], [completion, replace(completion, text=None)], is_json=False, console=console)
+    cost = "[3 tokens, 2 forwards, 1.50 tokens/forward, ended by EOS]"
+    assert out.getvalue().splitlines() == ["[b]1+1=", "a", "b\\x1b[31m", cost, "4 5", "1 2 9", cost]
+    out.truncate(out.seek(0))
+    print_completions(["[b]1+1="], [completion], is_json=True, console=console)
+    (line,) = out.getvalue().splitlines()
+    assert json.loads(line) == {"prompt": "[b]1+1=", **asdict(completion)}
 
 
 def test_null_reporter_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,140 @@
+"""The trainer: replay equals full-graph autograd, whatever the loss and the micro-batch; faults stop it cleanly."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dare.core.errors import NonFiniteError
+from dare.core.recipe import Recipe, parse_recipe
+from dare.core.registry import ALGORITHMS, resolve
+from dare.core.rng import Key
+from dare.core.types import Samples
+from dare.executors.local import LocalEngine
+from dare.families.base import Family
+from dare.train.update import plan_iterations, update
+
+ONLINE = [name for name in ALGORITHMS if resolve("algorithms", name).kind == "online"]
+
+
+def _recipe(algorithm: str, micro_batch_views: int) -> Recipe:
+    data: dict[str, Any] = {
+        "name": "test",
+        "model": {"create": {"family": "llada"}},
+        "algorithm": {"name": algorithm},
+        "task": {"name": "countdown"},
+        "train": {"micro_batch_views": micro_batch_views},
+        "optimizer": {"lr": 1e-2, "max_grad_norm": 1e9},
+    }
+    return parse_recipe(data, where="test")
+
+
+def _samples(family: Family, num: int = 6) -> Samples:
+    """Ragged fixed samples with a step map of two tokens per step, advantages of both signs, two groups."""
+    generator = torch.Generator().manual_seed(7)
+    prompts = [torch.randint(0, 20, (2 + row % 4,), generator=generator).tolist() for row in range(num)]
+    completions = [
+        torch.randint(0, 20, (8 - len(prompts[row]) % 4,), generator=generator).tolist() for row in range(num)
+    ]
+    canvas = family.canvas(prompts, completions)
+    order_BS = torch.rand(canvas.input_BS.shape, generator=generator).masked_fill(~canvas.is_completion_BS, 9.0)
+    rank_BS = order_BS.argsort(-1).argsort(-1) // 2
+    return Samples(
+        canvas=canvas,
+        is_scored_BS=canvas.is_completion_BS.clone(),
+        sample_id_B=torch.arange(num) + 100,
+        advantage_B=torch.tensor([1.0, -0.5, 0.25, -1.0, 0.75, -0.5])[:num],
+        group_B=torch.arange(num) // 3,
+        mask_id=family.spec.mask_id,
+        step_map_BS=torch.where(canvas.is_completion_BS, rank_BS, -1),
+        rollout_logp_BS=torch.zeros(canvas.input_BS.shape),
+    )
+
+
+def _engine(family: Family, recipe: Recipe, *, needs_reference: bool = False) -> LocalEngine:
+    return LocalEngine(recipe, copy.deepcopy(family), num_updates=10, needs_reference=needs_reference)
+
+
+def _grads(engine: LocalEngine) -> dict[str, Tensor]:
+    return {n: p.grad.clone() for n, p in engine.family.network.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("family_name", ["llada", "sdar"])
+@pytest.mark.parametrize("name", list(ALGORITHMS))
+def test_replay_equals_the_gradient_of_the_full_graph(families: dict[str, Family], name: str, family_name: str) -> None:
+    family = families[family_name]
+    samples = _samples(family)
+    recipe = _recipe(name, micro_batch_views=4)
+    algorithm = recipe.algorithm.build()
+    views = algorithm.corrupt(samples, Key(3))
+    old_RS = None
+
+    direct = _engine(family, recipe)
+    logp_RS = direct.family.view_logp(views, samples.canvas.rows(views.sample_R))
+    # An old policy away from the new one, so that ratios and clipping matter.
+    old_RS = (logp_RS + 0.3 * torch.sin(torch.arange(logp_RS.numel()).view_as(logp_RS))).detach() * views.is_target_RS
+    reference_RS = logp_RS.detach() * 0.9
+    algorithm.loss(logp_RS, old_RS, reference_RS, views, samples).value.backward()
+
+    replay = _engine(family, recipe)
+    leaf = replay.score(views, samples).requires_grad_()
+    loss = algorithm.loss(leaf, old_RS, reference_RS, views, samples)
+    (grad_RS,) = torch.autograd.grad(loss.value, leaf)
+    replay.accumulate(views, samples, grad_RS)
+
+    expected, got = _grads(direct), _grads(replay)
+    assert expected.keys() == got.keys()
+    scale = max(float(grad.abs().max()) for grad in expected.values())
+    assert scale > 0
+    for parameter in expected:
+        torch.testing.assert_close(got[parameter], expected[parameter], rtol=1e-4, atol=2e-6 * scale)
+
+
+@pytest.mark.parametrize("name", list(ALGORITHMS))
+def test_an_update_does_not_depend_on_micro_batches(families: dict[str, Family], name: str) -> None:
+    results = []
+    for micro_batch_views in (1, 3, 1000):
+        recipe = _recipe(name, micro_batch_views)
+        algorithm = recipe.algorithm.build()
+        engine = _engine(families["llada"], recipe, needs_reference=algorithm.needs_reference)
+        samples = _samples(families["llada"])
+        iterations = plan_iterations(engine, algorithm, samples, Key(0), 1)
+        metrics = update(engine, algorithm, samples, iterations[0])
+        results.append(metrics)
+    for metrics in results[1:]:
+        assert metrics["loss"] == pytest.approx(results[0]["loss"], rel=1e-5, abs=1e-6)
+        assert metrics["grad_norm"] == pytest.approx(results[0]["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ONLINE)
+def test_first_update_is_on_policy_and_both_passes_agree(families: dict[str, Family], name: str) -> None:
+    recipe = _recipe(name, 5)
+    algorithm = recipe.algorithm.build()
+    engine = _engine(families["sdar"], recipe, needs_reference=algorithm.needs_reference)
+    samples = _samples(families["sdar"])
+    first, second = plan_iterations(engine, algorithm, samples, Key(0), 2)
+    metrics = update(engine, algorithm, samples, first)
+    assert metrics["ratio"] == pytest.approx(1.0, abs=1e-6)
+    assert metrics["clip_fraction"] == 0.0
+    assert metrics["replay_gap"] < 1e-5
+    later = update(engine, algorithm, samples, second)
+    assert later["ratio"] != pytest.approx(1.0, abs=1e-6)  # the policy has moved
+
+
+def test_a_non_finite_weight_stops_the_step_and_names_the_place(families: dict[str, Family]) -> None:
+    recipe = _recipe("sft", 4)
+    algorithm = recipe.algorithm.build()
+    engine = _engine(families["llada"], recipe)
+    samples = _samples(families["llada"])
+    with torch.no_grad():
+        next(iter(engine.family.network.parameters()))[3, 0] = torch.nan
+    before = [parameter.clone() for parameter in engine.family.network.parameters()]
+    (iteration,) = plan_iterations(engine, algorithm, samples, Key(0), 1)
+    with pytest.raises(NonFiniteError, match="not finite"):
+        update(engine, algorithm, samples, iteration)
+    after = list(engine.family.network.parameters())
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(before, after, strict=True))
