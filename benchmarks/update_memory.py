@@ -23,15 +23,24 @@ def measure(mode: str, num_views: int) -> float:
     from dare.core.rng import Key
     from dare.executors.local import LocalEngine
     from dare.families.weights import create_family
-    from dare.train.offline import rows_to_samples
     from dare.train.data import EncodedRow
+    from dare.train.offline import rows_to_samples
     from dare.train.update import plan_iterations, update
 
     torch.set_num_threads(1)
     family = create_family(
-        "llada", vocab_size=8192, hidden_size=256, num_layers=6, num_heads=4, num_kv_heads=4, mlp_size=768, max_length=512,
-        block_length=None, tie_embeddings=False, mask_id=8191, eos_id=8190, pad_id=8189, seed=0,
-    )  # fmt: skip
+        "llada",
+        vocab_size=8192,
+        hidden_size=256,
+        num_layers=6,
+        num_heads=4,
+        mlp_size=768,
+        max_length=512,
+        mask_id=8191,
+        eos_id=8190,
+        pad_id=8189,
+        seed=0,
+    )
     recipe = parse_recipe(
         {
             "name": "memory",

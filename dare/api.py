@@ -26,13 +26,13 @@ from dare.train.session import Reporter
 
 def train(
     recipe: Recipe | dict[str, Any] | str | Path,
-    out: str | Path,
+    out: str | Path | None = None,
     *,
     overrides: Iterable[str] = (),
     is_resumed: bool = False,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
-    """Run a recipe (object, plain data or YAML file) into the folder `out`.
+    """Run a recipe (object, plain data or YAML file) into the folder `out`, by default runs/NAME.
 
     Returns the summary that is also in run.json: status, seconds, checkpoint. Raises DareError for user mistakes.
     """
@@ -40,7 +40,8 @@ def train(
         recipe = load_recipe(recipe, overrides)
     elif isinstance(recipe, dict):
         recipe = parse_recipe(recipe, where="recipe")
-    return run_recipe(recipe, Path(out), reporter or NullReporter(), is_resumed=is_resumed)
+    run_dir = Path("runs") / recipe.name if out is None else Path(out)
+    return run_recipe(recipe, run_dir, reporter or NullReporter(), is_resumed=is_resumed)
 
 
 def evaluate(

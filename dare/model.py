@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from dare.core.decode import Decode
-from dare.core.errors import DareError
+from dare.core.errors import DareError, unknown_name
 from dare.core.files import whole_directory
 from dare.core.recipe_errors import explain
 from dare.core.rng import Key, stable_id
@@ -29,14 +29,22 @@ from dare.train.checkpoint import resolve_model_path
 PromptLike = str | Sequence[int] | Sequence[Message]
 
 
-def load(path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Model:
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load(path: str | Path, *, dtype: torch.dtype | str | None = None, device: str | torch.device = "cpu") -> Model:
     """A model from a checkpoint folder, a run folder (its newest checkpoint) or a hub id.
 
-    dtype  None keeps the checkpoint's own. A folder without a tokenizer works with token ids.
+    dtype  torch's, or its name; None keeps the checkpoint's own. A folder without a tokenizer works with token ids.
     Raises DareError for anything that is not a whole checkpoint of a known family.
     """
+    if isinstance(dtype, str):
+        if dtype not in _DTYPES:
+            raise unknown_name("dtype", dtype, _DTYPES)
+        dtype = _DTYPES[dtype]
     folder = resolve_checkpoint(resolve_model_path(str(path)))
     family = load_family(folder, dtype, torch.device(device))
+    family.network.eval()
     return Model(family, load_tokenizer(folder))
 
 

@@ -47,8 +47,8 @@ def _check_online(recipe: Recipe, algorithm: Any) -> list[str]:
     warnings = []
     if algorithm.needs_step_map and recipe.decode.unmask in ("low_confidence", "threshold", "factor"):
         warnings.append(
-            f"{name} replays the trace, but unmask: {recipe.decode.unmask} chooses positions by the sampled token, so the "
-            "trace likelihood is not exact; max_prob, entropy, margin and random are"
+            f"{name} replays the trace, but unmask: {recipe.decode.unmask} chooses positions by the sampled token, so "
+            "the trace likelihood is not exact; with max_prob, entropy, margin and random it is"
         )
     if recipe.decode.cache in ("prefix", "dual"):
         warnings.append(f"decode.cache: {recipe.decode.cache} is approximate; rollouts differ from the trained policy")

@@ -20,8 +20,8 @@ from dare.core.data_recipe import DataRecipe
 from dare.core.decode import Decode
 from dare.core.errors import DareError
 from dare.core.options import Options
-from dare.core.registry import resolve
 from dare.core.recipe_errors import explain
+from dare.core.registry import resolve
 
 
 class Plugin(BaseModel):

@@ -10,11 +10,11 @@ from dare.core.decode import Decode
 from dare.core.rng import Key, stable_id
 from dare.core.text import Completion, Prompt, Reward
 from dare.core.types import TraceBatch
+from dare.diffusion.trace import to_completions
 from dare.evals.intervals import wilson
 from dare.families.tokenizer import decode as decode_text
 from dare.families.tokenizer import encode_prompt
 from dare.rollout.stats import rollout_stats
-from dare.diffusion.trace import to_completions
 from dare.tasks.base import Task
 
 Generate = Callable[[list[list[int]], Decode, Key, list[int]], TraceBatch]

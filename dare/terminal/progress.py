@@ -20,6 +20,8 @@ from dare.terminal.text import duration, number, percent, rate, shorten, visible
 if TYPE_CHECKING:
     from dare.core.recipe import Recipe
 
+_VALUE_WIDTH = 9
+
 
 class NullReporter:
     """Says nothing."""
@@ -154,7 +156,10 @@ class ConsoleReporter:
     def _render(self) -> RenderableType:
         parts: list[RenderableType] = [self._progress_row()]
         if self._metrics:
-            parts += [_metric_grid(labelled(self._metrics, has_others=True)), Text(self._speed(), style="dim")]
+            parts += [
+                _metric_grid(labelled(self._metrics, has_others=True), self._console.width),
+                Text(self._speed(), style="dim"),
+            ]
         parts += [_sample_line(sample, self._console.width) for sample in self._samples]
         return Group(*parts)
 
@@ -162,10 +167,12 @@ class ConsoleReporter:
         phase = self._phase or ""
         if self._phase_done is not None:
             phase += " {}/{}".format(*self._phase_done)
-        row = Table.grid(padding=(0, 2))
+        row = Table.grid(padding=(0, 2, 0, 0))
+        for _ in range(4):
+            row.add_column(no_wrap=True)
         elapsed = duration(self._clock() - self._started)
         row.add_row(
-            ProgressBar(total=self._num_steps, completed=self._step, width=30),
+            ProgressBar(total=self._num_steps, completed=self._step, width=20),
             f"step {self._step}/{self._num_steps}",
             f"{elapsed} so far, {self._time_left()}",
             phase,
@@ -188,11 +195,13 @@ def evaluation_line(step: int | None, result: Mapping[str, Any]) -> str:
     return f"{where}: {result['task']} ({result['split']})  {solved}  " + "  ".join(numbers)
 
 
-def _metric_grid(pairs: list[tuple[str, str]], num_columns: int = 4) -> Table:
+def _metric_grid(pairs: list[tuple[str, str]], width: int) -> Table:
+    """As many pairs side by side as fit."""
+    num_columns = max(1, width // (max(len(label) for label, _ in pairs) + _VALUE_WIDTH + 4))
     grid = Table.grid(padding=(0, 2, 0, 0))
     for _ in range(num_columns):
-        grid.add_column(style="dim")
-        grid.add_column(justify="right", min_width=9)
+        grid.add_column(style="dim", no_wrap=True)
+        grid.add_column(justify="right", min_width=_VALUE_WIDTH, no_wrap=True)
     for start in range(0, len(pairs), num_columns):
         grid.add_row(*(cell for pair in pairs[start : start + num_columns] for cell in pair))
     return grid

@@ -27,7 +27,7 @@ def number(value: float) -> str:
     if not math.isfinite(value):
         return str(value)
     size = abs(value)
-    if size >= 10_000 or (0 < size < 0.0001):
+    if size >= 10_000 or (0 < size < 0.001):
         return f"{value:.2e}"
     if size >= 1000:
         return f"{value:.0f}"

@@ -37,6 +37,8 @@ def train(recipe: Recipe, run_dir: Path, reporter: Reporter, *, is_resumed: bool
     executor = resolve("executors", recipe.executor)
     engine = executor.create(recipe, tokenizer, needs_reference=algorithm.needs_reference)
     session = Session(recipe, run_dir, reporter, is_resumed=is_resumed)
+    if len(rows) < len(raw_rows):
+        warnings.append(f"{len(raw_rows) - len(rows)} of {len(raw_rows)} rows are too long and were dropped")
     for warning in warnings:
         reporter.message(f"warning: {warning}")
     try:

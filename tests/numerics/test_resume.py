@@ -38,7 +38,8 @@ class Killer(NullReporter):
                 os.kill(os.getpid(), signal.SIGKILL)
 
 torch.set_num_threads(1)
-train(parse_recipe(yaml.safe_load(Path(recipe_file).read_text()), where="test"), Path(run_dir), Killer(), is_resumed=True)
+recipe = parse_recipe(yaml.safe_load(Path(recipe_file).read_text()), where="test")
+train(recipe, Path(run_dir), Killer(), is_resumed=True)
 """
 
 
