@@ -28,7 +28,8 @@ class _Group(TyperGroup):
             _fail(f"no permission to write or read\n  where: {error.filename}")
             raise typer.Exit(EXIT_USER_ERROR) from error
         except KeyboardInterrupt as error:
-            typer.secho("interrupted", fg="yellow", err=True)
+            advice = f": {error}" if error.args else ""
+            typer.secho(f"interrupted{advice}", fg="yellow", err=True)
             raise typer.Exit(EXIT_INTERRUPTED) from error
 
 
@@ -92,9 +93,8 @@ def train(
     reporter = NullReporter() if quiet else ConsoleReporter()
     try:
         api.train(resolved, out or Path("runs") / resolved.name, is_resumed=resume, reporter=reporter)
-    except KeyboardInterrupt:
-        typer.echo("the same command with --resume continues from the last checkpoint", err=True)
-        raise
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt("the same command with --resume continues from the last checkpoint") from error
 
 
 @app.command("eval", short_help="Solve rate on held-out problems, with its interval.")
