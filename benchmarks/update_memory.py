@@ -23,9 +23,9 @@ def measure(mode: str, num_views: int) -> float:
     from dare.core.rng import Key
     from dare.executors.local import LocalEngine
     from dare.families.weights import create_family
-    from dare.train.data import EncodedRow
-    from dare.train.offline import rows_to_samples
-    from dare.train.update import plan_iterations, update
+    from dare.training.data import EncodedRow
+    from dare.training.offline import rows_to_samples
+    from dare.training.update import plan_iterations, update
 
     torch.set_num_threads(1)
     family = create_family(

@@ -20,8 +20,8 @@ from dare.evals.runner import evaluate_task
 from dare.model import Model, load
 from dare.rollout.engine import denoise
 from dare.terminal.progress import NullReporter
-from dare.train.run import train as run_recipe
-from dare.train.session import Reporter
+from dare.training.run import train as run_recipe
+from dare.training.session import Reporter
 
 
 def train(

@@ -269,8 +269,8 @@ def inspect(
     from rich.console import Console
 
     from dare.terminal.rows import print_legend, print_row
-    from dare.train.data import inspect_row
-    from dare.train.run import training_rows
+    from dare.training.data import inspect_row
+    from dare.training.run import training_rows
 
     tokenizer, rows = training_rows(resolved)
     console = Console(highlight=False)

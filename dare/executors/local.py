@@ -22,7 +22,7 @@ from dare.families.base import Family
 from dare.families.build import build_family
 from dare.families.weights import load_weights, save_family
 from dare.rollout.engine import denoise
-from dare.train.optim import Optimizer
+from dare.training.optim import Optimizer
 
 
 class LocalEngine:

@@ -24,9 +24,9 @@ from dare.evals.runner import Scored, as_record, evaluate_task, score_trace
 from dare.families.tokenizer import encode_prompt
 from dare.rollout.stats import rollout_stats
 from dare.tasks.base import Task
-from dare.train.data import row_indices
-from dare.train.session import Session
-from dare.train.update import plan_iterations, update
+from dare.training.data import row_indices
+from dare.training.session import Session
+from dare.training.update import plan_iterations, update
 
 
 def run_online(session: Session, engine: Engine, algorithm: Algorithm[Any], task: Task[Any], tokenizer: Any) -> None:
