@@ -72,7 +72,7 @@ def evaluate(
         choice = TaskChoice.model_validate(task)
         options = Decode.model_validate(decode)
     except ValidationError as error:
-        raise explain(error, Decode, where="evaluate") from None
+        raise explain(error, Decode, where="evaluate", what="the options are") from None
 
     def generate(prompts: list[list[int]], decode: Decode, key: Key, sample_ids: list[int]) -> TraceBatch:
         return denoise(family, prompts, decode, key, sample_ids)

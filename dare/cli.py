@@ -158,16 +158,18 @@ def generate(
 ) -> None:
     """Generate: one completion per prompt, greedy unless temperature says otherwise.
 
+    Without options, a checkpoint of a run decodes as that run is evaluated.
+
     \b
     Examples:
       dare generate runs/rl --prompt "3 5 7>22=" gen_length=16 --trace
       dare generate GSAI-ML/LLaDA-8B-Instruct --chat --prompt "Who are you?" gen_length=64 block_length=32
       dare generate runs/rl --file prompts.jsonl temperature=1.0 --seed 1 --json
     """
-    from dare.terminal.settings import parse_options, read_prompts
+    from dare.terminal.settings import generation_options, read_prompts
 
     prompts = read_prompts(prompt or [], prompt_ids or [], file, is_chat=is_chat)
-    decode = parse_options(overrides or [])
+    decode = generation_options(checkpoint, overrides or [])
     model = _load_model(checkpoint, device, dtype)
     from dare.terminal.canvas import CanvasView
     from dare.terminal.completions import print_completions

@@ -84,7 +84,7 @@ class Model:
         try:
             options = Decode.model_validate(decode)
         except ValidationError as error:
-            raise explain(error, Decode, where="decode options") from None
+            raise explain(error, Decode, where="generate", what="the decode options are") from None
         if isinstance(prompts, str):
             raise DareError("prompts is a list", got="one string", fix="model.generate([text], ...)")
         ids = [self._encode(prompt) for prompt in prompts]
