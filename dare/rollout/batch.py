@@ -63,8 +63,7 @@ class Batch:
 
     def masked(self, row_H: Tensor) -> Tensor:
         """bool [H, K]: positions of the current blocks that are to be sampled; none in a row that is done."""
-        is_masked_HK = self.canvas.input_BS[row_H[:, None], self.window(row_H)] == self.mask_id
-        return is_masked_HK & ~self.is_done_B[row_H, None]
+        return self.canvas.input_BS[row_H[:, None], self.window(row_H)] == self.mask_id
 
     def commit(self, row_N: Tensor, position_N: Tensor, token_N: Tensor, logp_N: Tensor) -> None:
         """Fix tokens into the canvas, as decided by the rows' current denoising step."""
