@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dare.core.decode import Decode
+from dare.core.engine import Progress
 from dare.core.errors import DareError
 from dare.core.recipe import Recipe
 from dare.core.rng import Key
@@ -22,7 +23,7 @@ from dare.families.build import build_family
 from dare.families.layers.moe import ExpertLoad
 from dare.families.weights import load_weights, save_family
 from dare.rollout.engine import denoise
-from dare.train.optim import Optimizer
+from dare.training.optim import Optimizer
 
 
 class LocalEngine:
@@ -54,8 +55,16 @@ class LocalEngine:
     def canvas(self, prompts: list[list[int]], completions: list[list[int]], block_length: int | None) -> Canvas:
         return self.family.canvas(prompts, completions, block_length)
 
-    def generate(self, prompts: list[list[int]], decode: Decode, key: Key, sample_ids: list[int]) -> TraceBatch:
-        return denoise(self.family, prompts, decode, key, sample_ids, weights_version=self.weights_version)
+    def generate(
+        self,
+        prompts: list[list[int]],
+        decode: Decode,
+        key: Key,
+        sample_ids: list[int],
+        on_progress: Progress | None = None,
+    ) -> TraceBatch:
+        version = self.weights_version
+        return denoise(self.family, prompts, decode, key, sample_ids, weights_version=version, on_progress=on_progress)
 
     def score(self, views: Views, samples: Samples, *, is_reference: bool = False) -> Tensor:
         family = self.family
