@@ -203,8 +203,8 @@ def test_every_wrong_tensor_is_named(name: str, folders: dict[str, Path], tmp_pa
 @EVERY
 def test_a_vocabulary_smaller_than_the_embedding(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
     config = json.loads((folders[name] / "config.json").read_text())
-    field = "embedding_size" if "embedding_size" in config else "vocab_size"
-    changes = {field: 10, "mask_token_id": 9, "eos_token_id": 8, "pad_token_id": 7}
+    sizes = dict.fromkeys({"vocab_size", "embedding_size"} & config.keys(), 10)
+    changes = {**sizes, "mask_token_id": 9, "eos_token_id": 8, "pad_token_id": 7}
     text = message(edited(folders[name], tmp_path / "c", **changes))
     assert "of another shape" in text
     assert "got [24, 32], expected [10, 32]" in text
