@@ -187,6 +187,15 @@ def test_bfloat16_keeps_buffers_exact(name: str, folders: dict[str, Path], tmp_p
 
 
 @EVERY
+def test_a_new_model_changes_its_dtype(name: str) -> None:
+    family = tiny_family(name).to(torch.bfloat16)
+    assert {parameter.dtype for parameter in family.network.parameters()} == {torch.bfloat16}
+    assert all(buffer.dtype == torch.float32 for buffer in family.network.buffers())
+    exact = logits(tiny_family(name), IDS)
+    torch.testing.assert_close(logits(family, IDS), exact, atol=0.25, rtol=0.0)  # of order 1
+
+
+@EVERY
 def test_every_wrong_tensor_is_named(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
     folder = edited(folders[name], tmp_path / "c")
     tensors = load_file(folder / "model.safetensors")
