@@ -56,7 +56,8 @@ class Engine(Protocol):
         ...
 
     def step(self) -> dict[str, float]:
-        """One optimizer step on the accumulated gradient, which it clears: gradient norm, learning rate.
+        """One optimizer step on the accumulated gradient, which it clears: gradient norm, learning rate, and how
+        evenly the experts of a mixture were used since the last step.
 
         Raises NonFiniteError before anything is changed if the gradient is not finite.
         """

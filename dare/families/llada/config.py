@@ -36,7 +36,8 @@ _OPTIONAL: dict[str, tuple[object, ...]] = {
 
 
 def is_llada(config: Config) -> bool:
-    return matches_architecture(config, _MODEL_TYPE, _ARCHITECTURE)
+    """Whether a config is of dense LLaDA; copies of LLaDA-MoE share its model type and differ by `num_experts`."""
+    return matches_architecture(config, _MODEL_TYPE, _ARCHITECTURE) and not config.get("num_experts")
 
 
 def read_shape(config: Config) -> DenseShape:
@@ -112,4 +113,5 @@ def new_config(sizes: ModelSizes) -> Config:
 
 def _vocab_size(fields: Fields) -> int:
     """Rows of the embedding table, which may be padded beyond the tokenizer's vocabulary."""
-    return fields.integer("embedding_size", fields.integer("vocab_size"))
+    vocab_size = fields.integer("vocab_size")
+    return fields.integer("embedding_size", vocab_size, minimum=vocab_size)
