@@ -181,6 +181,37 @@ def generate(
     print_completions(prompts, completions, is_json=is_json)
 
 
+@app.command(short_help="Talk to a model; its canvas streams.")
+def chat(
+    checkpoint: Checkpoint,
+    overrides: DecodeOptions = None,
+    *,
+    system: Annotated[str | None, typer.Option(help="a system message")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="for temperature > 0")] = 0,
+    device: Device = "auto",
+    dtype: Dtype = "checkpoint",
+) -> None:
+    """Chat: a conversation, one line a message, rendered with the checkpoint's own template.
+
+    /reset forgets the conversation, /exit leaves. Lines may also come from a pipe.
+
+    \b
+    Examples:
+      dare chat GSAI-ML/LLaDA-8B-Instruct gen_length=128 temperature=0.7
+      printf 'Who are you?\\nAnd in one word?\\n' | dare chat runs/sft
+    """
+    from dare.terminal.settings import parse_options
+
+    decode = parse_options(overrides or [])
+    model = _load_model(checkpoint, device, dtype)
+    import sys
+
+    from dare.terminal.chat import Chat, read_lines
+
+    conversation = Chat(model, decode, seed=seed, system=system)
+    conversation.run(read_lines(conversation.console), is_interactive=sys.stdin.isatty())
+
+
 @app.command(short_help="Check recipes without running them.")
 def check(
     recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE", help="recipes, YAML", show_default=False)],
