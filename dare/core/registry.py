@@ -26,7 +26,11 @@ ALGORITHMS: dict[str, Row] = {
 
 FAMILIES: dict[str, Row] = {
     "llada": Row("dare.families.llada:LLADA", "LLaDA 8B Base, Instruct, 1.5: masked, full attention"),
+    "llada_moe": Row("dare.families.llada_moe:LLADA_MOE", "LLaDA-MoE 7B-A1B: masked, full attention, experts"),
+    "dream": Row("dare.families.dream:DREAM", "Dream 7B, DiffuCoder, Dream-Coder: masked, full attention, shifted"),
     "sdar": Row("dare.families.sdar:SDAR", "SDAR 1.7B, 4B, 8B and TraDo: block diffusion, block-causal attention"),
+    "sdar_moe": Row("dare.families.sdar_moe:SDAR_MOE", "SDAR 30B-A3B: block diffusion, experts"),
+    "llada2": Row("dare.families.llada2:LLADA2", "LLaDA2.0 and 2.1, mini and flash: block diffusion, experts"),
 }
 
 TASKS: dict[str, Row] = {

@@ -7,7 +7,7 @@ D width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,7 @@ from dare.families.layers.head import linear_logp
 
 
 class Network(nn.Module, ABC):
-    """The native transformer of a family; its parameters have the names of the official checkpoint."""
+    """The native transformer of a family; its state dict has the names and shapes of the official checkpoint."""
 
     num_layers: int
     num_kv_heads: int
@@ -52,6 +52,21 @@ class Network(nn.Module, ABC):
     def is_residual_output(self, name: str) -> bool:
         """Whether the parameter `name` writes into the residual stream; a new model starts with smaller ones."""
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Network:
+        """A change of dtype reaches parameters only: a rounded routing bias would choose other experts."""
+        buffers = [
+            (module, name, buffer)
+            for module in self.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for module, name, buffer in buffers:
+            converted = module._buffers[name]
+            if converted is not None and converted.dtype != buffer.dtype:
+                module._buffers[name] = buffer.to(converted.device)
+        return self
+
 
 @dataclass(frozen=True)
 class FamilyType:
@@ -76,14 +91,21 @@ class Family:
     """
 
     def __init__(
-        self, spec: FamilySpec, network: Network, config: Config, generation_config: Config | None = None
+        self,
+        spec: FamilySpec,
+        network: Network,
+        config: Config,
+        generation_config: Config | None = None,
+        buffer_dtypes: Mapping[str, torch.dtype] | None = None,
     ) -> None:
+        """`buffer_dtypes`: how the checkpoint stores the network's buffers, which are float32 in memory."""
         if spec.is_shifted and spec.attention == "block_causal":
             raise ValueError("a shifted block-causal family would score a block's first token from another block")
         self.spec = spec
         self.network = network
         self.config = config
         self.generation_config = generation_config
+        self.buffer_dtypes = dict(buffer_dtypes or {})
 
     @property
     def dtype(self) -> torch.dtype:

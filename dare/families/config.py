@@ -27,6 +27,14 @@ class DenseShape:
     norm_eps: float
     is_tied: bool  # the head is the embedding
     logit_scale: float = 1.0
+    rotary_fraction: float = 1.0  # of a head's dimensions, from the first on
+    has_qkv_bias: bool = False
+    has_qk_norm: bool = False  # queries and keys are normalised per head
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dimensions of a head that turn with the position."""
+        return int(self.head_dim * self.rotary_fraction)
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -38,6 +46,32 @@ class DenseShape:
             )
         if self.head_dim % 2:
             raise DareError("rotary embedding needs an even head size", where="config.json", got=self.head_dim)
+        if not 0 < self.rotary_fraction <= 1 or self.rotary_dim < 2 or self.rotary_dim % 2:
+            raise DareError(
+                "the rotary part of a head must be an even number of its dimensions",
+                where="config.json, partial_rotary_factor",
+                got=f"{self.rotary_fraction:g} of head size {self.head_dim}",
+            )
+
+
+@dataclass(frozen=True)
+class MoEShape:
+    """The layers of a transformer whose feed-forward part is a mixture of experts."""
+
+    num_experts: int
+    experts_per_token: int
+    expert_size: int
+    is_moe: tuple[bool, ...]  # per layer; the others have a dense feed-forward part
+    shared_size: int = 0  # width of an expert that every token takes; 0 = none
+
+    def __post_init__(self) -> None:
+        if self.experts_per_token > self.num_experts:
+            raise DareError(
+                "a token cannot take more experts than there are",
+                where="config.json, num_experts_per_tok",
+                got=self.experts_per_token,
+                expected=f"<= {self.num_experts}",
+            )
 
 
 @dataclass(frozen=True)
@@ -74,9 +108,9 @@ class Fields:
             raise self._wrong(name, value, f"an integer >= {minimum}")
         return value
 
-    def number(self, name: str) -> float:
-        """A positive number."""
-        value = self._value(name, None)
+    def number(self, name: str, default: float | None = None) -> float:
+        """A positive number; an absent or null field takes `default` if there is one."""
+        value = self._value(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
             raise self._wrong(name, value, "a positive number")
         return float(value)
@@ -131,10 +165,13 @@ class Fields:
         )
 
 
-def eos_ids(config: Config, generation_config: Config | None, vocab_size: int) -> tuple[int, ...]:
+def eos_ids(
+    config: Config, generation_config: Config | None, vocab_size: int, default: int | None = None
+) -> tuple[int, ...]:
     """Every EOS id of config.json and generation_config.json (each an id or a list), the config's own first.
 
-    Raises DareError if there is none or one is not a token id.
+    `default` is the id of a family whose configs name none. Raises DareError if there is no id at all, or one is not
+    a token id.
     """
     found: list[int] = []
     for source, values in (("config.json", config), ("generation_config.json", generation_config or {})):
@@ -150,6 +187,8 @@ def eos_ids(config: Config, generation_config: Config | None, vocab_size: int) -
                     expected=f"an integer (or a list of integers) in [0, {vocab_size})",
                 )
             found.append(token)
+    if not found and default is not None:
+        return (default,)
     if not found:
         raise DareError(
             "the model config names no EOS token", where="config.json, eos_token_id", fix="add eos_token_id"

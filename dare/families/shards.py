@@ -30,7 +30,7 @@ class Shards:
         self.folder = folder
         self.paths = _find(folder)
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: set[torch.dtype] = set()
+        self.dtypes: dict[str, torch.dtype] = {}
         for path in self.paths:
             self._read_header(path)
 
@@ -57,7 +57,7 @@ class Shards:
                         fix="use the unquantised checkpoint",
                     )
                 self.shapes[name] = tuple(part.get_shape())
-                self.dtypes.add(_DTYPES[stored])
+                self.dtypes[name] = _DTYPES[stored]
 
 
 def _find(folder: Path) -> list[Path]:
@@ -76,7 +76,14 @@ def _find(folder: Path) -> list[Path]:
             expected=WEIGHTS_NAME,
             fix="convert the checkpoint to safetensors",
         )
-    raise DareError("the folder holds no weights", where=str(folder), expected=f"{WEIGHTS_NAME} or {_INDEX_NAME}")
+    unlisted = sorted(path.name for path in folder.glob("*.safetensors"))
+    raise DareError(
+        "the folder holds no weights" if not unlisted else "the index of the weight shards is missing",
+        where=str(folder),
+        got=", ".join(unlisted[:5]) or None,
+        expected=f"{WEIGHTS_NAME} or {_INDEX_NAME}",
+        fix="copy or download the checkpoint again",
+    )
 
 
 def _indexed(folder: Path, index_path: Path) -> list[Path]:

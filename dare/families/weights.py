@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from dare.core.errors import DareError
 from dare.core.files import read_json, write_json
@@ -43,9 +43,10 @@ def load_family(path: str | Path, dtype: torch.dtype | None = None, device: torc
         raise error.inside(str(folder)) from None
     shards = Shards(folder)
     _check_names(network, shards)
-    network.to(dtype=dtype or _stored_dtype(shards)).to_empty(device=device)
+    network.to(dtype=dtype or _stored_dtype(network, shards)).to_empty(device=device)
     _fill(network, shards)
-    return Family(spec, network, config, generation_config)
+    buffer_dtypes = {name: shards.dtypes[name] for name, _ in network.named_buffers()}
+    return Family(spec, network, config, generation_config, buffer_dtypes)
 
 
 def read_spec(path: str | Path) -> FamilySpec:
@@ -64,14 +65,18 @@ def save_family(family: Family, directory: Path, dtype: torch.dtype | None = Non
     """Write config.json, generation_config.json (if there is one) and model.safetensors into `directory`.
 
     Names are the official ones, a tied head is not stored, fields of the config that were not touched are kept.
-    The bytes depend on nothing but the weights, the config and `dtype` (None: the family's). Raises DareError if
-    the weights cannot be written.
+    Buffers are stored as the checkpoint had them, or in float32. The bytes depend on nothing but the weights, the
+    config and `dtype` (None: the family's). Raises DareError if the weights cannot be written.
     """
     stored = dtype or family.dtype
+    buffers = dict(family.network.named_buffers())
     tensors = {
         name: tensor.detach().to(device="cpu", dtype=stored).contiguous()
         for name, tensor in family.network.state_dict().items()
+        if name not in buffers
     }
+    for name, buffer in buffers.items():
+        tensors[name] = _stored_buffer(buffer.cpu(), family.buffer_dtypes.get(name, buffer.dtype))
     config = copy.deepcopy(family.config)
     # transformers 5 renamed the field; whichever a checkpoint has is kept.
     config["dtype" if "dtype" in config else "torch_dtype"] = _DTYPE_NAMES[stored]
@@ -148,7 +153,15 @@ def _describe(folder: Path) -> tuple[FamilyType, FamilySpec, Config, Config | No
     config = _read_config(folder / _CONFIG_NAME)
     generation_path = folder / _GENERATION_NAME
     generation_config = _read_config(generation_path) if generation_path.is_file() else None
-    family_type = find_family_type(config, where=str(folder / _CONFIG_NAME))
+    where = str(folder / _CONFIG_NAME)
+    family_type = find_family_type(config, where=where)
+    if config.get("quantization_config") is not None:
+        raise DareError(
+            "the checkpoint is quantised, and quantised weights cannot be trained or run here",
+            where=f"{where}, quantization_config",
+            got=str(config["quantization_config"])[:200],
+            fix="use the checkpoint in bfloat16 or float32 that it was made from",
+        )
     try:
         return family_type, family_type.spec(config, generation_config), config, generation_config
     except DareError as error:
@@ -193,14 +206,23 @@ def _check_names(network: Network, shards: Shards) -> None:
         )
 
 
-def _stored_dtype(shards: Shards) -> torch.dtype:
-    if len(shards.dtypes) != 1:
-        names = ", ".join(sorted(_DTYPE_NAMES[dtype] for dtype in shards.dtypes))
+def _stored_dtype(network: Network, shards: Shards) -> torch.dtype:
+    """The one dtype of all stored parameters; buffers have their own."""
+    buffers = dict(network.named_buffers())
+    dtypes = {dtype for name, dtype in shards.dtypes.items() if name not in buffers}
+    if len(dtypes) != 1:
+        names = ", ".join(sorted(_DTYPE_NAMES[dtype] for dtype in dtypes))
         raise DareError(
             "the weights are stored in several dtypes", where=str(shards.folder), got=names, fix="choose one with dtype"
         )
-    (dtype,) = shards.dtypes
+    (dtype,) = dtypes
     return dtype
+
+
+def _stored_buffer(buffer: Tensor, dtype: torch.dtype) -> Tensor:
+    """In the checkpoint's dtype, unless that would round values which have changed since."""
+    converted = buffer.to(dtype)
+    return converted if torch.equal(converted.to(buffer.dtype), buffer) else buffer
 
 
 def _fill(network: Network, shards: Shards) -> None:
@@ -210,18 +232,20 @@ def _fill(network: Network, shards: Shards) -> None:
 
 
 def _initialise(network: Network, key: Key) -> None:
-    """Normal weights of standard deviation fan_in ** -0.5, norms at 1.
+    """Normal weights of standard deviation fan_in ** -0.5; norms at 1, biases and buffers at 0.
 
     The matrices that write into the residual stream are divided by sqrt(their number), so that its variance does
     not grow with depth (GPT-2). Each parameter has its own stream, named after it.
     """
     num_residual = sum(network.is_residual_output(name) for name, _ in network.named_parameters())
     with torch.no_grad():
+        for buffer in network.buffers():
+            buffer.zero_()
         for name, parameter in network.named_parameters():
             if parameter.dim() == 1:
-                nn.init.ones_(parameter)
+                nn.init.constant_(parameter, 0.0 if name.endswith(".bias") else 1.0)
                 continue
-            std = parameter.shape[1] ** -0.5
+            std = parameter.shape[-1] ** -0.5
             if network.is_residual_output(name):
                 std *= num_residual**-0.5
             generator = torch.Generator().manual_seed(key.fold("parameter", name).python_seed())

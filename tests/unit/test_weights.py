@@ -267,7 +267,7 @@ def test_what_is_not_implemented_is_refused(name: str, field: str, value: Any, e
     "config",
     [
         {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]},
-        {"model_type": "llada", "architectures": ["LLaDAMoEModelLM"]},
+        {"model_type": "llada", "architectures": ["LLaDAVModelLM"]},
         {"architectures": None},
         {},
     ],

@@ -36,7 +36,8 @@ _OPTIONAL: dict[str, tuple[object, ...]] = {
 
 
 def is_llada(config: Config) -> bool:
-    return matches_architecture(config, _MODEL_TYPE, _ARCHITECTURE)
+    """Whether a config is of dense LLaDA; copies of LLaDA-MoE share its model type and differ by `num_experts`."""
+    return matches_architecture(config, _MODEL_TYPE, _ARCHITECTURE) and not config.get("num_experts")
 
 
 def read_shape(config: Config) -> DenseShape:

@@ -39,6 +39,7 @@ def read_shape(config: Config) -> DenseShape:
         rope_theta=fields.number("rope_theta"),
         norm_eps=fields.number("rms_norm_eps"),
         is_tied=fields.boolean("tie_word_embeddings", False),
+        has_qk_norm=True,
     )
 
 

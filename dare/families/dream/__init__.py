@@ -1,0 +1,15 @@
+"""Dream 7B, DiffuCoder and Dream-Coder (Ye et al. 2025; Gong et al. 2025): masked, full attention, shifted logits."""
+
+from __future__ import annotations
+
+from dare.families.base import FamilyType
+from dare.families.dream.config import family_spec, is_dream, new_config, read_shape
+from dare.families.dream.network import DreamNetwork
+
+DREAM = FamilyType(
+    name="dream",
+    matches=is_dream,
+    spec=family_spec,
+    build=lambda config: DreamNetwork(read_shape(config)),
+    tiny_config=new_config,
+)
