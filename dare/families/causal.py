@@ -118,7 +118,10 @@ def _read_gguf(path: Path) -> CausalCheckpoint:
         raise DareError(
             "the GGUF file cannot be read", where=str(path), got=f"{type(error).__name__}: {error}"
         ) from None
-    config = _normalised({**model.config.to_dict(), "architectures": [type(model).__name__]})
+    # The weights are plain by now, although the config still says how the file stores them.
+    config = _normalised(
+        {**model.config.to_dict(), "architectures": [type(model).__name__], "quantization_config": None}
+    )
     layout, sizes = _describe(config, str(path))
     return CausalCheckpoint(
         layout=layout,
@@ -131,11 +134,11 @@ def _read_gguf(path: Path) -> CausalCheckpoint:
     )
 
 
-def _normalised(config: Any) -> Config:
+def _normalised(stored: Any) -> Config:
     """A config with the rotary fields where transformers 4 has them; transformers 5 nests them."""
-    if not isinstance(config, dict):
-        raise DareError("a config is a JSON object", where="config.json", got=type(config).__name__)
-    config = {str(name): value for name, value in config.items()}
+    if not isinstance(stored, dict):
+        raise DareError("a config is a JSON object", where="config.json", got=type(stored).__name__)
+    config: Config = dict(stored)
     rope = config.pop("rope_parameters", None)
     if isinstance(rope, dict):
         config["rope_theta"] = rope.get("rope_theta", config.get("rope_theta"))

@@ -3,8 +3,9 @@
             +--------------- until every row is done ----------------+
             v                                                        |
     read the current block of every row -> candidates at its masks   |
-         -> the unmask policy commits some -> rows whose block is    |
-            complete store it (block cache) and move on, or leave ---+
+         -> the unmask policy commits some; committed tokens may be  |
+            edited -> rows whose block is complete (and edited to    |
+            rest) store it (block cache) and move on, or leave ------+
 
 Rows never wait for one another: each has its own block, step and random numbers, keyed by (sample id, position, step).
 A completion is therefore the same in any batch, order or company.
@@ -40,7 +41,7 @@ class StepEvent:
     rows             indices into the prompts of the call
     step_N           int64 each row's own 0-based step
     ids_NS           int64 the canvas; positions not yet sampled hold the mask id
-    is_committed_NS  bool  what this step committed
+    is_committed_NS  bool  what this step committed or replaced
     logp_NS          float32 log-prob at commit of everything committed so far, nats; 0 elsewhere
     """
 
@@ -102,21 +103,26 @@ def _steps(family: Family, batch: Batch, plan: Plan, key: Key) -> Iterator[tuple
     forward = make_forward(family, batch, plan, row_H)
     while True:
         window_HK = batch.window(row_H)
-        is_masked_HK = _is_masked(batch, row_H, window_HK) & ~batch.is_done_B[row_H, None]
-        is_denoising_H = is_masked_HK.any(-1)
+        is_done_H = batch.is_done_B[row_H]
+        is_masked_HK = _is_masked(batch, row_H, window_HK) & ~is_done_H[:, None]
+        has_mask_H = is_masked_HK.any(-1)
+        is_denoising_H = has_mask_H | (~is_done_H & (batch.post_step_B[row_H] < plan.max_post_steps))
         hidden = forward.read(row_H)
         if bool(is_denoising_H.any()):
-            is_committed_HK = _commit(family, batch, plan, key, row_H, is_masked_HK, hidden)
+            is_written_HK = _write(family, batch, plan, key, row_H, is_masked_HK, is_denoising_H, hidden)
             batch.step_B[row_H] += is_denoising_H
             batch.block_step_B[row_H] += is_denoising_H
-            is_complete_H = ~(is_masked_HK & ~is_committed_HK).any(-1)
+            batch.post_step_B[row_H] += is_denoising_H & ~has_mask_H
+            is_settled_H = ~has_mask_H & ~is_written_HK.any(-1)
+            is_at_rest_H = is_settled_H | (batch.post_step_B[row_H] >= plan.max_post_steps)
+            is_complete_H = ~_is_masked(batch, row_H, window_HK).any(-1) & is_at_rest_H
             batch.is_done_B[row_H] |= is_complete_H & _is_terminal(family, batch, plan, row_H, window_HK)
-            yield row_H[is_denoising_H], is_committed_HK[is_denoising_H]
+            yield row_H[is_denoising_H], is_written_HK[is_denoising_H]
         else:
-            is_complete_H = torch.ones_like(is_denoising_H)
+            is_settled_H = is_complete_H = torch.ones_like(is_denoising_H)
         is_live_H = ~batch.is_done_B[row_H]
-        # With a store pass, a block is stored by the first forward that finds it complete.
-        is_left_H = ~is_denoising_H if forward.has_store_pass else is_complete_H
+        # With a store pass, a block is stored by the first forward that finds it complete and leaves it as it is.
+        is_left_H = is_settled_H if forward.has_store_pass else is_complete_H
         batch.advance(row_H[is_live_H & is_left_H])
         num_live = int(is_live_H.sum())
         if num_live == 0:
@@ -126,11 +132,22 @@ def _steps(family: Family, batch: Batch, plan: Plan, key: Key) -> Iterator[tuple
             row_H = row_H[is_live_H]
 
 
-def _commit(
-    family: Family, batch: Batch, plan: Plan, key: Key, row_H: Tensor, is_masked_HK: Tensor, hidden: Hidden
+def _write(
+    family: Family,
+    batch: Batch,
+    plan: Plan,
+    key: Key,
+    row_H: Tensor,
+    is_masked_HK: Tensor,
+    is_denoising_H: Tensor,
+    hidden: Hidden,
 ) -> Tensor:
-    """bool [H, K]: the positions that this step commits; the batch holds them afterwards."""
-    place_N, column_N = is_masked_HK.nonzero(as_tuple=True)
+    """bool [H, K]: the positions that this step commits or edits; the batch holds their new tokens afterwards."""
+    is_open_HK = is_masked_HK
+    if plan.decode.edit_threshold is not None:
+        is_completion_HK = batch.canvas.is_completion_BS[row_H[:, None], batch.window(row_H)]
+        is_open_HK = is_masked_HK | (is_completion_HK & is_denoising_H[:, None])
+    place_N, column_N = is_open_HK.nonzero(as_tuple=True)
     row_N = row_H[place_N]
     position_N = batch.start_B[row_N] + column_N
     counters = (batch.sample_id_B[row_N], position_N, batch.step_B[row_N])
@@ -142,16 +159,32 @@ def _commit(
         None if unconditional_HKD is None else unconditional_HKD[place_N, column_N],
         key.fold("token").uniform(*counters),
     )
-    policy = plan.decode.unmask
     score_N = found.score_N
-    if unmask.find_policy(policy).score == "uniform":
+    if unmask.find_policy(plan.decode.unmask).score == "uniform":
         score_N = key.fold("unmask").uniform(*counters).to(score_N.dtype)
     score_HK = torch.zeros(is_masked_HK.shape, dtype=score_N.dtype, device=score_N.device)
     score_HK[place_N, column_N] = score_N
-    quota_H = unmask.quota(batch.num_masked_B[row_H], plan.num_steps, batch.block_step_B[row_H])
-    is_committed_HK = unmask.commits(policy, score_HK, is_masked_HK, quota_H, plan.decode)
-    chosen_N = is_committed_HK[place_N, column_N]
+    is_written_HK = _commits(batch, plan, row_H, score_HK, is_masked_HK)
+    if plan.decode.edit_threshold is not None:
+        is_new_N = batch.canvas.input_BS[row_N, position_N] != found.token_N
+        is_sure_N = found.confidence_N > plan.decode.edit_threshold
+        is_edited_N = ~is_masked_HK[place_N, column_N] & is_new_N & is_sure_N
+        batch.log_edits(row_N[is_edited_N], position_N[is_edited_N])
+        is_written_HK[place_N, column_N] |= is_edited_N
+    chosen_N = is_written_HK[place_N, column_N]
     batch.commit(row_N[chosen_N], position_N[chosen_N], found.token_N[chosen_N], found.logp_N[chosen_N])
+    return is_written_HK
+
+
+def _commits(batch: Batch, plan: Plan, row_H: Tensor, score_HK: Tensor, is_masked_HK: Tensor) -> Tensor:
+    """bool [H, K]: the masked positions that the unmask policy commits in this step."""
+    decode, step_H = plan.decode, batch.block_step_B[row_H]
+    due = unmask.due(decode.schedule, batch.num_masked_B[row_H], is_masked_HK.sum(-1), plan.num_steps, step_H)
+    is_committed_HK = unmask.commits(decode.unmask, score_HK, is_masked_HK, due.quota_B, decode, due.share_B)
+    if plan.has_first_step:
+        is_first_HK = torch.zeros_like(is_masked_HK)
+        is_first_HK[:, 0] = is_masked_HK[:, 0]
+        is_committed_HK = torch.where((step_H == 0)[:, None], is_first_HK, is_committed_HK)
     return is_committed_HK
 
 
