@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -12,6 +13,9 @@ from dare.core.types import Canvas, Samples, TraceBatch, Views
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+Progress = Callable[[int, int], None]
 
 
 class Engine(Protocol):
@@ -26,8 +30,18 @@ class Engine(Protocol):
         """Lay out token ids the way the family does (a pure function; no verb)."""
         ...
 
-    def generate(self, prompts: list[list[int]], decode: Decode, key: Key, sample_ids: list[int]) -> TraceBatch:
-        """One completion per row, with the weights of the last `publish`."""
+    def generate(
+        self,
+        prompts: list[list[int]],
+        decode: Decode,
+        key: Key,
+        sample_ids: list[int],
+        on_progress: Progress | None = None,
+    ) -> TraceBatch:
+        """One completion per row, with the weights of the last `publish`.
+
+        on_progress  called with (positions settled, all completion positions) as they are
+        """
         ...
 
     def score(self, views: Views, samples: Samples, *, is_reference: bool = False) -> Tensor:
@@ -42,7 +56,8 @@ class Engine(Protocol):
         ...
 
     def step(self) -> dict[str, float]:
-        """One optimizer step on the accumulated gradient, which it clears: gradient norm, learning rate.
+        """One optimizer step on the accumulated gradient, which it clears: gradient norm, learning rate, and how
+        evenly the experts of a mixture were used since the last step.
 
         Raises NonFiniteError before anything is changed if the gradient is not finite.
         """

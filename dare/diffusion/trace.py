@@ -12,24 +12,23 @@ from typing import TYPE_CHECKING
 
 from dare.core.lazy import torch
 from dare.core.text import Completion
-from dare.core.types import UNSAMPLED, TraceBatch
+from dare.core.types import TraceBatch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 def num_steps(trace: TraceBatch) -> int:
-    """Denoising steps of the row that took most; 0 if nothing was sampled."""
-    return max(int(trace.step_map_BS.max()) + 1, 0) if trace.step_map_BS.numel() else 0
+    """Denoising steps of the row that took most."""
+    return int(trace.nfe_B.max())
 
 
 def canvas_before(trace: TraceBatch, step: int) -> Tensor:
     """int64 [B, S]: what each row's own denoising step `step` (0-based) read, bit for bit.
 
-    Rows that took fewer steps are at their final canvas.
+    Rows that took fewer steps are at their final canvas. Positions never sampled hold the mask token there already.
     """
-    is_masked_BS = (trace.step_map_BS >= step) | (trace.step_map_BS == UNSAMPLED)
-    ids_BS = torch.where(is_masked_BS, trace.mask_id, trace.canvas.input_BS)
+    ids_BS = torch.where(trace.step_map_BS >= step, trace.mask_id, trace.canvas.input_BS)
     edits = trace.edits
     if edits is not None:
         stood_E = (edits.since_E < step) & (step <= edits.until_E)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dare.core.decode import Decode
+from dare.core.engine import Progress
 from dare.core.errors import DareError
 from dare.core.recipe import Recipe
 from dare.core.rng import Key
@@ -19,9 +20,10 @@ from dare.core.spec import FamilySpec
 from dare.core.types import Canvas, Samples, TraceBatch, Views
 from dare.families.base import Family
 from dare.families.build import build_family
+from dare.families.layers.moe import ExpertLoad
 from dare.families.weights import load_weights, save_family
 from dare.rollout.engine import denoise
-from dare.train.optim import Optimizer
+from dare.training.optim import Optimizer
 
 
 class LocalEngine:
@@ -36,6 +38,7 @@ class LocalEngine:
         self.optimizer = Optimizer(family.network.named_parameters(), recipe.optimizer, num_updates)
         self.reference = copy.deepcopy(family) if needs_reference else None
         self.weights_version = 0
+        self.load_of_step = ExpertLoad()
         self.family.network.eval()  # dropout off: both passes of an update must be the same function
 
     @classmethod
@@ -52,8 +55,16 @@ class LocalEngine:
     def canvas(self, prompts: list[list[int]], completions: list[list[int]], block_length: int | None) -> Canvas:
         return self.family.canvas(prompts, completions, block_length)
 
-    def generate(self, prompts: list[list[int]], decode: Decode, key: Key, sample_ids: list[int]) -> TraceBatch:
-        return denoise(self.family, prompts, decode, key, sample_ids, weights_version=self.weights_version)
+    def generate(
+        self,
+        prompts: list[list[int]],
+        decode: Decode,
+        key: Key,
+        sample_ids: list[int],
+        on_progress: Progress | None = None,
+    ) -> TraceBatch:
+        version = self.weights_version
+        return denoise(self.family, prompts, decode, key, sample_ids, weights_version=version, on_progress=on_progress)
 
     def score(self, views: Views, samples: Samples, *, is_reference: bool = False) -> Tensor:
         family = self.family
@@ -70,13 +81,14 @@ class LocalEngine:
     def accumulate(self, views: Views, samples: Samples, grad_RS: Tensor) -> Tensor:
         logp_RS = torch.full(views.noisy_RS.shape, torch.nan)
         for part in self._micro_batches((grad_RS != 0).any(-1).nonzero()[:, 0]):
-            logp = self._view_logp(self.family, views, samples, part)
+            logp = self._view_logp(self.family, views, samples, part, self.load_of_step)
             (grad_RS[part].to(logp.device) * logp).sum().backward()  # type: ignore[no-untyped-call]
             logp_RS[part] = logp.detach().cpu()
         return logp_RS
 
     def step(self) -> dict[str, float]:
-        return self.optimizer.step()
+        load, self.load_of_step = self.load_of_step, ExpertLoad()
+        return {**self.optimizer.step(), **load.metrics()}
 
     def publish(self) -> None:
         self.weights_version += 1
@@ -94,9 +106,11 @@ class LocalEngine:
             raise DareError("the optimizer state cannot be read", where=str(path), got=str(error)) from None
         self.optimizer.load_state(state)
 
-    def _view_logp(self, family: Family, views: Views, samples: Samples, part: Tensor) -> Tensor:
+    def _view_logp(
+        self, family: Family, views: Views, samples: Samples, part: Tensor, load: ExpertLoad | None = None
+    ) -> Tensor:
         chosen = views.rows(part)
-        return family.view_logp(chosen, samples.canvas.rows(chosen.sample_R))
+        return family.view_logp(chosen, samples.canvas.rows(chosen.sample_R), load)
 
     def _micro_batches(self, rows: Tensor) -> list[Tensor]:
         return list(torch.split(rows, self.micro_batch_views)) if len(rows) else []

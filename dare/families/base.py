@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -20,6 +21,7 @@ from dare.diffusion import blocks
 from dare.families.config import Config, ModelSizes
 from dare.families.layers.attention import KVCache
 from dare.families.layers.head import linear_logp
+from dare.families.layers.moe import ExpertLoad
 
 
 class Network(nn.Module, ABC):
@@ -206,10 +208,11 @@ class Family:
         hidden_BSD = self.hidden(input_BS, position_BS, visible)
         return self.row_logits(self._aligned(hidden_BSD, is_real_BS).flatten(0, 1)).view(*input_BS.shape, -1)
 
-    def view_logp(self, views: Views, canvas: Canvas) -> Tensor:
+    def view_logp(self, views: Views, canvas: Canvas, load: ExpertLoad | None = None) -> Tensor:
         """float32 [R, S] on the family's device, differentiable: log-prob of each target, nats; 0 elsewhere.
 
         canvas  R rows: row r lays out view r
+        load    counts which experts the real tokens are sent to; a family without experts leaves it empty
 
         Full attention: one forward of the noisy canvas. Block-causal: one forward of [noisy | context], which
         scores every block given the context's blocks before it (BD3-LM, Arriola et al. 2025, section 3.2).
@@ -227,11 +230,13 @@ class Family:
         position_RS = blocks.positions(is_real_RS)
         if canvas.is_blockwise:
             context_RS = views.context_RS[:, :length].to(self.device)
-            visible = blocks.two_stream_mask(canvas.block_BS[:, :length].to(self.device), is_real_RS)
-            both = self.hidden(torch.cat([noisy_RS, context_RS], dim=1), position_RS.repeat(1, 2), visible)
-            hidden_RSD = both[:, :length]
+            visible: Tensor | None = blocks.two_stream_mask(canvas.block_BS[:, :length].to(self.device), is_real_RS)
+            ids_RT, num_streams = torch.cat([noisy_RS, context_RS], dim=1), 2
         else:
-            hidden_RSD = self.hidden(noisy_RS, position_RS, blocks.full_mask(is_real_RS))
+            visible, ids_RT, num_streams = blocks.full_mask(is_real_RS), noisy_RS, 1
+        is_real_RT = is_real_RS.repeat(1, num_streams)
+        with nullcontext() if load is None else load.counting(self.network, is_real_RT):
+            hidden_RSD = self.hidden(ids_RT, position_RS.repeat(1, num_streams), visible)[:, :length]
         target_N = views.target_RS[:, :length].to(self.device)[is_target_RS]
         hidden_ND = self._aligned(hidden_RSD, is_real_RS)[is_target_RS]
         scale = self.network.logit_scale / views.temperature

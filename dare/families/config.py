@@ -128,6 +128,14 @@ class Fields:
     def token(self, name: str, vocab_size: int, default: int | None = None) -> int:
         """A token id below `vocab_size`."""
         value = self.integer(name, default, minimum=0)
+        if value >= vocab_size and self.config.get(name) is None:
+            raise DareError(
+                f"the model config has no field '{name}', and the one of the published models is not in its vocabulary",
+                where=f"config.json, {name}",
+                got=value,
+                expected=f"a token id below the vocabulary size {vocab_size}",
+                fix=f"add {name} to config.json",
+            )
         if value >= vocab_size:
             raise self._wrong(name, value, f"a token id below the vocabulary size {vocab_size}")
         return value

@@ -4,8 +4,8 @@
             v                                                        |
     read the current block of every row -> candidates at its masks   |
          -> the unmask policy commits some; committed tokens may be  |
-            edited -> rows whose block is complete (and edited to    |
-            rest) store it (block cache) and move on, or leave ------+
+            edited -> rows whose block is complete (and at rest)     |
+            store it (block cache) and move on, or leave ------------+
 
 Rows never wait for one another: each has its own block, step and random numbers, keyed by (sample id, position, step).
 A completion is therefore the same in any batch, order or company.
@@ -82,124 +82,110 @@ def denoise(
     canvas = family.empty_canvas(prompts, decode.gen_length, plan.block_length)
     trace = empty_trace(family, plan, canvas, sample_ids, weights_version)
     order_B = torch.tensor(sorted(range(len(prompts)), key=lambda row: len(prompts[row])))
-    total = num_waiting = int(canvas.is_completion_BS.sum())
+    num_total = int(canvas.is_completion_BS.sum())
+    num_later = num_total  # in batches that have not begun
     with torch.no_grad():
         for index_B in torch.split(order_B, decode.batch_size):
             batch = begin_batch(family, plan, trace, index_B)
-            num_others = num_waiting - batch.num_waiting()
-            for row_N, is_committed_NK in _steps(family, batch, plan, key):
+            num_later -= batch.num_waiting()
+            for row_N, is_committed_NK in _Run(family, plan, key, batch).steps():
                 if on_step is not None:
                     on_step(_event(batch, index_B, row_N, is_committed_NK, canvas.length))
                 if on_progress is not None:
-                    on_progress(total - num_others - batch.num_waiting(), total)
+                    on_progress(num_total - num_later - batch.num_waiting(), num_total)
             record_batch(batch, trace, index_B, family.spec.pad_id)
-            num_waiting = num_others
     return finished(trace)
 
 
-def _steps(family: Family, batch: Batch, plan: Plan, key: Key) -> Iterator[tuple[Tensor, Tensor]]:
-    """Denoise a batch to its end. After each step: the rows that took part and what they committed, bool [N, K]."""
-    row_H = torch.arange(batch.canvas.batch_size, device=batch.start_B.device)
-    forward = make_forward(family, batch, plan, row_H)
-    while True:
-        window_HK = batch.window(row_H)
-        is_done_H = batch.is_done_B[row_H]
-        is_masked_HK = _is_masked(batch, row_H, window_HK) & ~is_done_H[:, None]
-        has_mask_H = is_masked_HK.any(-1)
-        is_denoising_H = has_mask_H | (~is_done_H & (batch.post_step_B[row_H] < plan.max_post_steps))
-        hidden = forward.read(row_H)
-        if bool(is_denoising_H.any()):
-            is_written_HK = _write(family, batch, plan, key, row_H, is_masked_HK, is_denoising_H, hidden)
-            batch.step_B[row_H] += is_denoising_H
-            batch.block_step_B[row_H] += is_denoising_H
-            batch.post_step_B[row_H] += is_denoising_H & ~has_mask_H
+@dataclass(frozen=True)
+class _Run:
+    """One batch on its way through the loop."""
+
+    family: Family
+    plan: Plan
+    key: Key
+    batch: Batch
+
+    def steps(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Denoise to the end. After each step: the N rows that took part and what they wrote, bool [N, K]."""
+        batch = self.batch
+        row_H = torch.arange(batch.canvas.batch_size, device=batch.start_B.device)
+        forward = make_forward(self.family, batch, self.plan, row_H)
+        while len(row_H):
+            is_masked_HK = batch.masked(row_H)
+            has_mask_H = is_masked_HK.any(-1)
+            is_denoising_H = has_mask_H | self._may_edit(row_H)
+            has_step = bool(is_denoising_H.any())  # else all rows only store their blocks
+            hidden = forward.read(row_H)
+            is_written_HK = self._write(row_H, is_masked_HK, is_denoising_H, hidden) if has_step else is_masked_HK
+            batch.count_step(row_H, is_denoising_H, has_mask_H)
             is_settled_H = ~has_mask_H & ~is_written_HK.any(-1)
-            is_at_rest_H = is_settled_H | (batch.post_step_B[row_H] >= plan.max_post_steps)
-            is_complete_H = ~_is_masked(batch, row_H, window_HK).any(-1) & is_at_rest_H
-            batch.is_done_B[row_H] |= is_complete_H & _is_terminal(family, batch, plan, row_H, window_HK)
-            yield row_H[is_denoising_H], is_written_HK[is_denoising_H]
-        else:
-            is_settled_H = is_complete_H = torch.ones_like(is_denoising_H)
-        is_live_H = ~batch.is_done_B[row_H]
-        # With a store pass, a block is stored by the first forward that finds it complete and leaves it as it is.
-        is_left_H = is_settled_H if forward.has_store_pass else is_complete_H
-        batch.advance(row_H[is_live_H & is_left_H])
-        num_live = int(is_live_H.sum())
-        if num_live == 0:
-            return
-        if num_live < len(row_H) and num_live <= forward.keeps_rows_until * len(row_H):
-            forward.keep(is_live_H.nonzero()[:, 0])
-            row_H = row_H[is_live_H]
+            is_complete_H = ~batch.masked(row_H).any(-1) & (is_settled_H | ~self._may_edit(row_H))
+            batch.is_done_B[row_H] |= is_complete_H & self._is_terminal(row_H)
+            if has_step:
+                yield row_H[is_denoising_H], is_written_HK[is_denoising_H]
+            is_live_H = ~batch.is_done_B[row_H]
+            # With a store pass, a block is stored by the first forward that finds it complete and leaves it so.
+            is_leaving_H = is_settled_H if forward.has_store_pass else is_complete_H
+            batch.advance(row_H[is_live_H & is_leaving_H])
+            if int(is_live_H.sum()) <= forward.keeps_rows_until * len(row_H):
+                forward.keep(is_live_H.nonzero()[:, 0])
+                row_H = row_H[is_live_H]
 
+    def _may_edit(self, row_H: Tensor) -> Tensor:
+        """bool [H]: whether another step may go over the row's block if that is complete."""
+        batch = self.batch
+        return ~batch.is_done_B[row_H] & (batch.post_step_B[row_H] < self.plan.max_post_steps)
 
-def _write(
-    family: Family,
-    batch: Batch,
-    plan: Plan,
-    key: Key,
-    row_H: Tensor,
-    is_masked_HK: Tensor,
-    is_denoising_H: Tensor,
-    hidden: Hidden,
-) -> Tensor:
-    """bool [H, K]: the positions that this step commits or edits; the batch holds their new tokens afterwards."""
-    is_open_HK = is_masked_HK
-    if plan.decode.edit_threshold is not None:
-        is_completion_HK = batch.canvas.is_completion_BS[row_H[:, None], batch.window(row_H)]
-        is_open_HK = is_masked_HK | (is_completion_HK & is_denoising_H[:, None])
-    place_N, column_N = is_open_HK.nonzero(as_tuple=True)
-    row_N = row_H[place_N]
-    position_N = batch.start_B[row_N] + column_N
-    counters = (batch.sample_id_B[row_N], position_N, batch.step_B[row_N])
-    unconditional_HKD = hidden.unconditional_HKD
-    found = propose(
-        family,
-        plan,
-        hidden.plain_HKD[place_N, column_N],
-        None if unconditional_HKD is None else unconditional_HKD[place_N, column_N],
-        key.fold("token").uniform(*counters),
-    )
-    score_N = found.score_N
-    if unmask.find_policy(plan.decode.unmask).score == "uniform":
-        score_N = key.fold("unmask").uniform(*counters).to(score_N.dtype)
-    score_HK = torch.zeros(is_masked_HK.shape, dtype=score_N.dtype, device=score_N.device)
-    score_HK[place_N, column_N] = score_N
-    is_written_HK = _commits(batch, plan, row_H, score_HK, is_masked_HK)
-    if plan.decode.edit_threshold is not None:
-        is_new_N = batch.canvas.input_BS[row_N, position_N] != found.token_N
-        is_sure_N = found.confidence_N > plan.decode.edit_threshold
-        is_edited_N = ~is_masked_HK[place_N, column_N] & is_new_N & is_sure_N
-        batch.log_edits(row_N[is_edited_N], position_N[is_edited_N])
-        is_written_HK[place_N, column_N] |= is_edited_N
-    chosen_N = is_written_HK[place_N, column_N]
-    batch.commit(row_N[chosen_N], position_N[chosen_N], found.token_N[chosen_N], found.logp_N[chosen_N])
-    return is_written_HK
+    def _write(self, row_H: Tensor, is_masked_HK: Tensor, is_denoising_H: Tensor, hidden: Hidden) -> Tensor:
+        """bool [H, K]: the positions that this step commits or edits; the batch holds their new tokens afterwards."""
+        batch, decode = self.batch, self.plan.decode
+        is_open_HK = is_masked_HK
+        if decode.edit_threshold is not None:
+            is_completion_HK = batch.canvas.is_completion_BS[row_H[:, None], batch.window(row_H)]
+            is_open_HK = is_masked_HK | (is_completion_HK & is_denoising_H[:, None])
+        place_N, column_N = is_open_HK.nonzero(as_tuple=True)
+        row_N = row_H[place_N]
+        position_N = batch.start_B[row_N] + column_N
+        counters = (batch.sample_id_B[row_N], position_N, batch.step_B[row_N])
+        uniform_N = self.key.fold("token").uniform(*counters)
+        found = propose(self.family, self.plan, *hidden.at(place_N, column_N), uniform_N)
+        score_N = found.score_N
+        if unmask.find_policy(decode.unmask).score == "uniform":
+            score_N = self.key.fold("unmask").uniform(*counters)
+        score_HK = torch.zeros(is_masked_HK.shape, dtype=score_N.dtype, device=score_N.device)
+        score_HK[place_N, column_N] = score_N
+        is_written_HK = self._commits(row_H, score_HK, is_masked_HK)
+        if decode.edit_threshold is not None:
+            is_new_N = batch.canvas.input_BS[row_N, position_N] != found.token_N
+            is_edited_N = ~is_masked_HK[place_N, column_N] & is_new_N & (found.confidence_N > decode.edit_threshold)
+            batch.log_edits(row_N[is_edited_N], position_N[is_edited_N])
+            is_written_HK[place_N, column_N] |= is_edited_N
+        chosen_N = is_written_HK[place_N, column_N]
+        batch.commit(row_N[chosen_N], position_N[chosen_N], found.token_N[chosen_N], found.logp_N[chosen_N])
+        return is_written_HK
 
+    def _commits(self, row_H: Tensor, score_HK: Tensor, is_masked_HK: Tensor) -> Tensor:
+        """bool [H, K]: the masked positions that the unmask policy commits in this step."""
+        plan, decode, step_H = self.plan, self.plan.decode, self.batch.block_step_B[row_H]
+        num_masked_H, num_left_H = self.batch.num_masked_B[row_H], is_masked_HK.sum(-1)
+        due = unmask.due(decode.schedule, num_masked_H, num_left_H, plan.num_steps, step_H)
+        is_committed_HK = unmask.commits(decode.unmask, score_HK, is_masked_HK, due.quota_B, decode, due.share_B)
+        if plan.has_first_step:
+            is_first_HK = torch.zeros_like(is_masked_HK)
+            is_first_HK[:, 0] = is_masked_HK[:, 0]
+            is_committed_HK = torch.where((step_H == 0)[:, None], is_first_HK, is_committed_HK)
+        return is_committed_HK
 
-def _commits(batch: Batch, plan: Plan, row_H: Tensor, score_HK: Tensor, is_masked_HK: Tensor) -> Tensor:
-    """bool [H, K]: the masked positions that the unmask policy commits in this step."""
-    decode, step_H = plan.decode, batch.block_step_B[row_H]
-    due = unmask.due(decode.schedule, batch.num_masked_B[row_H], is_masked_HK.sum(-1), plan.num_steps, step_H)
-    is_committed_HK = unmask.commits(decode.unmask, score_HK, is_masked_HK, due.quota_B, decode, due.share_B)
-    if plan.has_first_step:
-        is_first_HK = torch.zeros_like(is_masked_HK)
-        is_first_HK[:, 0] = is_masked_HK[:, 0]
-        is_committed_HK = torch.where((step_H == 0)[:, None], is_first_HK, is_committed_HK)
-    return is_committed_HK
-
-
-def _is_masked(batch: Batch, row_H: Tensor, window_HK: Tensor) -> Tensor:
-    return batch.canvas.input_BS[row_H[:, None], window_HK] == batch.mask_id
-
-
-def _is_terminal(family: Family, batch: Batch, plan: Plan, row_H: Tensor, window_HK: Tensor) -> Tensor:
-    """bool [H]: whether the row ends with its current block, given that the block is complete."""
-    is_last_H = window_HK[:, -1] + 1 >= batch.end_B[row_H]
-    if not plan.has_eos_stop:
-        return is_last_H
-    ids_HK = batch.canvas.input_BS[row_H[:, None], window_HK]
-    is_completion_HK = batch.canvas.is_completion_BS[row_H[:, None], window_HK]
-    return is_last_H | (is_eos(ids_HK, family.spec.eos_ids) & is_completion_HK).any(-1)
+    def _is_terminal(self, row_H: Tensor) -> Tensor:
+        """bool [H]: whether the row ends with its current block, once that is complete."""
+        batch = self.batch
+        is_last_H = batch.start_B[row_H] + batch.block_length >= batch.end_B[row_H]
+        if not self.plan.has_eos_stop:
+            return is_last_H
+        place_HK = (row_H[:, None], batch.window(row_H))
+        is_eos_HK = is_eos(batch.canvas.input_BS[place_HK], self.family.spec.eos_ids)
+        return is_last_H | (is_eos_HK & batch.canvas.is_completion_BS[place_HK]).any(-1)
 
 
 def _event(batch: Batch, index_B: Tensor, row_N: Tensor, is_committed_NK: Tensor, width: int) -> StepEvent:

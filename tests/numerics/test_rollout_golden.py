@@ -19,8 +19,8 @@ from dare.core.types import GIVEN
 from dare.diffusion import sampling, unmask
 from dare.diffusion import trace as traces
 from dare.families.base import Family
-from dare.families.weights import load_family
 from dare.rollout.engine import denoise
+from tests.golden_checkpoints import load_golden
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 NAMES = ("llada", "llada_moe", "dream", "sdar", "sdar_moe", "llada2_0", "llada2_1")
@@ -39,7 +39,7 @@ def cases(*families: str) -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def families() -> dict[str, Family]:
-    return {name: load_family(GOLDEN / name, torch.float32) for name in META}
+    return {name: load_golden(name) for name in META}
 
 
 @pytest.fixture(scope="module")

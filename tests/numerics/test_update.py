@@ -16,7 +16,7 @@ from dare.core.rng import Key
 from dare.core.types import Samples
 from dare.executors.local import LocalEngine
 from dare.families.base import Family
-from dare.train.update import plan_iterations, update
+from dare.training.update import plan_iterations, update
 
 ONLINE = [name for name in ALGORITHMS if resolve("algorithms", name).kind == "online"]
 

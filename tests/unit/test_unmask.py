@@ -112,7 +112,7 @@ def test_rows_are_independent_progress_and_touch_only_masks(policy: str, rows: l
     for row, chosen in zip(rows, together, strict=True):
         masked = {k for k, (_, is_masked) in enumerate(row) if is_masked}
         assert chosen <= masked
-        assert chosen or not masked
+        assert chosen or not masked or policy == "independent"  # which may reveal nothing before the last step
 
 
 @pytest.mark.parametrize("family", ["llada", "sdar"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,17 +24,22 @@ from dare.families.weights import (
     resolve_checkpoint,
     save_family,
 )
+from tests.golden_checkpoints import copy_checkpoint
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-CHECKPOINTS = ("llada", "llada_variant", "llada_tied", "sdar", "sdar_tied")
-
-
-def copy_checkpoint(name: str, target: Path) -> Path:
-    """Only what a checkpoint has: the golden folders also hold results."""
-    target.mkdir()
-    for file in ("config.json", "model.safetensors"):
-        shutil.copy(GOLDEN / name / file, target / file)
-    return target
+CHECKPOINTS = (
+    "llada",
+    "llada_variant",
+    "llada_tied",
+    "llada_moe",
+    "llada_moe_variant",
+    "dream",
+    "sdar",
+    "sdar_tied",
+    "sdar_moe",
+    "llada2_0",
+    "llada2_1",
+)
 
 
 def edit_config(folder: Path, **changes: Any) -> Path:
@@ -97,17 +101,20 @@ def new(name: str, seed: int = 0, **changes: Any) -> Family:
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_loading_and_saving_gives_the_same_bytes(name: str, tmp_path: Path) -> None:
-    save_family(load_family(GOLDEN / name), tmp_path)
-    assert (tmp_path / "model.safetensors").read_bytes() == (GOLDEN / name / "model.safetensors").read_bytes()
-    assert json.loads((tmp_path / "config.json").read_text()) == json.loads((GOLDEN / name / "config.json").read_text())
+    folder, out = copy_checkpoint(name, tmp_path / "in"), tmp_path / "out"
+    out.mkdir()
+    save_family(load_family(folder), out)
+    assert (out / "model.safetensors").read_bytes() == (GOLDEN / name / "model.safetensors").read_bytes()
+    assert json.loads((out / "config.json").read_text()) == json.loads((folder / "config.json").read_text())
 
 
-def test_shards_load_like_one_file(tmp_path: Path) -> None:
-    folder = split_into_shards(copy_checkpoint("sdar", tmp_path / "shards"))
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_shards_load_like_one_file(name: str, tmp_path: Path) -> None:
+    folder = split_into_shards(copy_checkpoint(name, tmp_path / "shards"))
     out = tmp_path / "out"
     out.mkdir()
     save_family(load_family(folder), out)
-    assert (out / "model.safetensors").read_bytes() == (GOLDEN / "sdar" / "model.safetensors").read_bytes()
+    assert (out / "model.safetensors").read_bytes() == (GOLDEN / name / "model.safetensors").read_bytes()
 
 
 def test_a_config_written_by_transformers_comes_back_byte_for_byte(tmp_path: Path) -> None:
@@ -209,6 +216,48 @@ def test_absent_fields_of_published_sdar_configs() -> None:
     assert (spec.mask_id, spec.block_length, spec.pad_id) == (151669, 4, 151643)
 
 
+def test_absent_fields_of_published_mixtures() -> None:
+    """Their mask token, block length and, in LLaDA2.x, EOS are written nowhere in the config."""
+    sdar = {"model_type": "sdar_moe", "vocab_size": 151936, "eos_token_id": 151643, "max_position_embeddings": 32768}
+    spec = find_family_type(sdar, where="").spec(sdar, None)
+    assert (spec.name, spec.mask_id, spec.block_length, spec.pad_id) == ("sdar_moe", 151669, 4, 151643)
+    llada2 = {"model_type": "llada2_moe", "vocab_size": 157184, "pad_token_id": 156892, "max_position_embeddings": 99}
+    spec = find_family_type(llada2, where="").spec(llada2, None)
+    assert (spec.name, spec.mask_id, spec.block_length) == ("llada2", 156895, 32)
+    assert (spec.eos_ids, spec.pad_id, spec.attention, spec.block_grid) == (
+        (156892,),
+        156892,
+        "block_causal",
+        "sequence",
+    )
+    assert find_family_type(llada2, where="").spec(llada2, {"eos_token_id": 156900}).eos_ids == (156900,)
+
+
+def test_a_small_vocabulary_needs_its_mask_token_written_down(tmp_path: Path) -> None:
+    text = message(lambda: load_family(edit_config(copy_checkpoint("llada2_0", tmp_path / "c"), mask_token_id=...)))
+    assert "no field 'mask_token_id'" in text
+    assert "got: 156895" in text
+    assert "add mask_token_id to config.json" in text
+
+
+@pytest.mark.parametrize(
+    ("config", "family"),
+    [
+        ({"model_type": "llada", "architectures": ["LLaDAModelLM"]}, "llada"),
+        ({"model_type": "llada"}, "llada"),
+        ({"model_type": "llada", "architectures": ["LLaDAMoEModelLM"], "num_experts": 64}, "llada_moe"),
+        ({"model_type": "lladamoe", "architectures": ["LLaDAMoEModelLM"]}, "llada_moe"),
+        ({"model_type": "llada", "num_experts": 64}, "llada_moe"),
+        ({"model_type": "Dream", "architectures": ["DreamModel"]}, "dream"),
+        ({"model_type": "sdar", "architectures": ["SDARForCausalLM"]}, "sdar"),
+        ({"model_type": "sdar_moe", "architectures": ["SDARMoeForCausalLM"]}, "sdar_moe"),
+        ({"model_type": "llada2_moe", "architectures": ["LLaDA2MoeModelLM"]}, "llada2"),
+    ],
+)
+def test_families_are_recognised(config: dict[str, Any], family: str) -> None:
+    assert find_family_type(config, where="").name == family
+
+
 def test_the_mlp_size_of_an_old_llada_config_is_a_ratio(tmp_path: Path) -> None:
     folder = edit_config(copy_checkpoint("llada", tmp_path / "c"), mlp_hidden_size=None, mlp_ratio=4)
     assert "got [160, 64], expected [256, 64]" in message(lambda: load_family(folder))
@@ -239,6 +288,7 @@ UNUSABLE: list[tuple[str, str, Any, str]] = [
     ("llada", "n_heads", 5, "a divisor of d_model 64"),
     ("llada", "n_kv_heads", 3, "4 heads, 3 key/value heads"),
     ("llada", "d_model", 12, "an even head size"),
+    ("llada", "embedding_size", 100, "an integer >= 128"),
     ("llada", "weight_tying", "no", "true or false"),
     ("llada", "mask_token_id", 128, "below the vocabulary size 128"),
     ("llada", "mask_token_id", ..., "no field 'mask_token_id'"),
@@ -332,6 +382,35 @@ def test_a_missing_shard(tmp_path: Path) -> None:
     text = message(lambda: load_family(folder))
     assert "1 of 3 weight shards are missing" in text
     assert "model-00002-of-00003.safetensors" in text
+
+
+def test_shards_without_their_index(tmp_path: Path) -> None:
+    folder = split_into_shards(copy_checkpoint("llada", tmp_path / "c"))
+    (folder / "model.safetensors.index.json").unlink()
+    text = message(lambda: load_family(folder))
+    assert "the index of the weight shards is missing" in text
+    assert "model-00001-of-00003.safetensors" in text
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.3, 0.999])
+def test_a_half_downloaded_shard(kept: float, tmp_path: Path) -> None:
+    folder = split_into_shards(copy_checkpoint("llada2_0", tmp_path / "c"))
+    path = folder / "model-00002-of-00003.safetensors"
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * kept)])
+    text = message(lambda: load_family(folder))
+    assert "truncated or not a safetensors file" in text
+    assert path.name in text
+
+
+def test_an_old_shard_among_new_ones(tmp_path: Path) -> None:
+    """The index counts for which files are read; their headers for what is in them."""
+    folder = split_into_shards(copy_checkpoint("dream", tmp_path / "c"))
+    path = folder / "model-00002-of-00003.safetensors"
+    tensors = load_file(path)
+    lost = sorted(tensors)[0]
+    del tensors[lost]
+    save_file(tensors, path)
+    assert f"1 missing: {lost}" in message(lambda: load_family(folder))
 
 
 @pytest.mark.parametrize("index", ["[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 1}}'])

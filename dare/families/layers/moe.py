@@ -216,19 +216,17 @@ class ExpertLoad:
     def __init__(self) -> None:
         self._count_LE: Tensor | None = None
 
-    def add(self, routes: list[Route], is_real_BT: Tensor) -> None:
-        """Count the chosen experts of one forward."""
+    @contextmanager
+    def counting(self, network: nn.Module, is_real_BT: Tensor) -> Iterator[None]:
+        """Count the experts that the forward of [B, T] tokens inside the block chooses."""
+        with recorded_routes(network) as routes:
+            yield
         if not routes:
             return
-        is_real_N1 = is_real_BT.flatten()[:, None]
-        count_LE = torch.stack(
-            [
-                torch.zeros(route.logits_NE.shape[-1], dtype=torch.int64, device=is_real_BT.device).scatter_add_(
-                    0, route.expert_NA.flatten(), is_real_N1.expand_as(route.expert_NA).long().flatten()
-                )
-                for route in routes
-            ]
-        )
+        is_real_N1 = is_real_BT.flatten()[:, None].long()
+        count_LE = torch.zeros(len(routes), routes[0].logits_NE.shape[-1], dtype=torch.int64, device=is_real_BT.device)
+        for count_E, route in zip(count_LE, routes, strict=True):
+            count_E.scatter_add_(0, route.expert_NA.flatten(), is_real_N1.expand_as(route.expert_NA).flatten())
         self._count_LE = count_LE if self._count_LE is None else self._count_LE + count_LE
 
     def metrics(self) -> dict[str, float]:

@@ -113,4 +113,5 @@ def new_config(sizes: ModelSizes) -> Config:
 
 def _vocab_size(fields: Fields) -> int:
     """Rows of the embedding table, which may be padded beyond the tokenizer's vocabulary."""
-    return fields.integer("embedding_size", fields.integer("vocab_size"))
+    vocab_size = fields.integer("vocab_size")
+    return fields.integer("embedding_size", vocab_size, minimum=vocab_size)

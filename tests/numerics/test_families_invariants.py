@@ -12,13 +12,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from dare.core.registry import FAMILIES
 from dare.core.types import Canvas, Views
 from dare.diffusion import blocks
 from dare.families.base import Family
 from dare.families.layers.attention import KVCache
 from dare.families.weights import create_family
 
-NAMES = ("llada", "sdar")
+NAMES = tuple(FAMILIES)
+BLOCK = ("sdar", "sdar_moe", "llada2")
+MIXTURES = ("llada_moe", "sdar_moe", "llada2")
 VOCAB, MASK = 24, 23
 ATOL = 2e-5  # float32; log-probs and logits of these models are of order 1
 FEW = settings(max_examples=25, deadline=None)
@@ -46,6 +49,14 @@ def tiny(name: str, *, is_tied: bool = False) -> Family:
 
 def close(got: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(got, expected, atol=ATOL, rtol=0.0)
+
+
+def unchanged(name: str, got: Tensor, expected: Tensor) -> None:
+    """Bit by bit; but one matmul of an expert spans the tokens of all rows, and its rounding their number."""
+    if name in MIXTURES:
+        close(got, expected)
+    else:
+        assert torch.equal(got, expected)
 
 
 tokens = st.integers(0, MASK - 1)
@@ -122,7 +133,7 @@ def test_views_do_not_depend_on_padding_or_batch_mates(
         canvas.attention,
     )
     wide = views(wider(plain.noisy_RS), wider(plain.context_RS), wider(plain.is_target_RS))
-    assert torch.equal(family.view_logp(wide, wide_canvas), wider(together))
+    assert torch.equal(family.view_logp(wide, wide_canvas), wider(together))  # bitwise: such columns are cut off
     for index in range(len(clean)):
         close(score(family, [clean[index]], [noisy[index]])[0], together[index, : len(clean[index])])
 
@@ -154,15 +165,16 @@ def test_view_logp_is_the_log_softmax_of_logits(name: str, is_tied: bool, temper
     expected = torch.autograd.grad((weight * plain)[is_target].sum(), parameters)
     close(logp[is_target], plain[is_target])
     for grad, reference in zip(grads, expected, strict=True):
-        torch.testing.assert_close(grad, reference, atol=1e-5, rtol=1e-4)
+        assert (grad - reference).norm() <= 5e-6 * reference.norm()
 
 
-@FEW
+@pytest.mark.parametrize("name", BLOCK)
+@settings(max_examples=8, deadline=None)
 @given(pair=noised_rows(), block_length=st.integers(1, 6))
 def test_two_streams_equal_cached_and_uncached_blocks(
-    pair: tuple[list[list[int]], list[list[int]]], block_length: int
+    name: str, pair: tuple[list[list[int]], list[list[int]]], block_length: int
 ) -> None:
-    family = tiny("sdar")
+    family = tiny(name)
     clean, noisy = pair
     two_stream = score(family, clean, noisy, block_length)
     for row, (clean_row, noisy_row) in enumerate(zip(clean, noisy, strict=True)):
@@ -200,9 +212,10 @@ def pick(logits: Tensor, target: list[int]) -> Tensor:
     return logits.log_softmax(-1).gather(-1, torch.tensor(target)[:, None])[:, 0]
 
 
-def test_blocks_of_one_are_autoregressive() -> None:
+@pytest.mark.parametrize("name", BLOCK)
+def test_blocks_of_one_are_autoregressive(name: str) -> None:
     """Everything masked: the sum over the row is the chain rule, one token at a time, and so is its gradient."""
-    family, clean = tiny("sdar"), [5, 0, 17, 9, 2, 11]
+    family, clean = tiny(name), [5, 0, 17, 9, 2, 11]
     parameters = list(family.network.parameters())
     two_stream = score(family, [clean], [[MASK] * len(clean)], 1)[0]
     chain = score_without_cache(family, clean, [MASK] * len(clean), 1)
@@ -215,10 +228,11 @@ def test_blocks_of_one_are_autoregressive() -> None:
 # --- what is hidden stays hidden
 
 
+@pytest.mark.parametrize("name", BLOCK)
 @FEW
 @given(data=st.data(), length=st.integers(2, 12), block_length=st.integers(1, 5))
-def test_a_block_sees_no_later_block(data: st.DataObject, length: int, block_length: int) -> None:
-    family = tiny("sdar")
+def test_a_block_sees_no_later_block(name: str, data: st.DataObject, length: int, block_length: int) -> None:
+    family = tiny(name)
     ids = torch.tensor([data.draw(st.lists(tokens, min_size=length, max_size=length))])
     changed = data.draw(st.integers(0, length - 1))
     other = ids.clone()
@@ -226,7 +240,7 @@ def test_a_block_sees_no_later_block(data: st.DataObject, length: int, block_len
     before, after = family.logits(ids, block_length=block_length), family.logits(other, block_length=block_length)
     block_S = torch.arange(length) // block_length
     is_blind = block_S < block_S[changed]
-    assert torch.equal(before[0, is_blind], after[0, is_blind])
+    unchanged(name, after[0, is_blind], before[0, is_blind])
     assert bool((before[0, ~is_blind] != after[0, ~is_blind]).any(-1).all())
 
 
@@ -264,7 +278,7 @@ def test_the_contents_of_padding_never_matter(name: str) -> None:
     is_real = torch.tensor([[True] * 5 + [False] * 3, [False] * 2 + [True] * 6])
     ids = torch.arange(16).view(2, 8)
     other = torch.where(is_real, ids, (ids * 7 + 3) % VOCAB)
-    assert torch.equal(family.logits(ids, is_real)[is_real], family.logits(other, is_real)[is_real])
+    unchanged(name, family.logits(other, is_real)[is_real], family.logits(ids, is_real)[is_real])
 
 
 @FEW
@@ -308,8 +322,8 @@ def test_a_shift_is_undone_from_the_first_real_position() -> None:
         assert torch.equal(aligned[row, first + 1 : stop], raw[row, first : stop - 1])
 
 
-def test_shifted_views_agree_with_shifted_logits() -> None:
-    family = shifted("llada")
+@pytest.mark.parametrize("family", [shifted("llada"), tiny("dream")], ids=["llada", "dream"])
+def test_shifted_views_agree_with_shifted_logits(family: Family) -> None:
     clean = [[4, 8, 15, 16, 2], [3, 4, 2]]
     noisy = [[4, MASK, 15, MASK, MASK], [MASK, 4, MASK]]
     logp = score(family, clean, noisy)
