@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.text import Text
 
 from dare.core.errors import DareError, unknown_name
+from dare.core.text import Completion, Message
+from dare.families.base import Family
 from dare.families.tokenizer import decode as decode_text
 from dare.terminal.canvas import CanvasView
 from dare.terminal.text import visible
 
-if TYPE_CHECKING:
-    from dare.model import Model
-
 _COMMANDS = {"/reset": "forget the conversation", "/exit": "leave; so does the end of the input", "/help": "show this"}
 _PROMPT = "> "
+
+
+class ChatModel(Protocol):
+    """What a conversation needs of a `dare.model.Model`."""
+
+    family: Family
+    tokenizer: Any
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[Message]],
+        *,
+        seed: int = ...,
+        on_step: Callable[[Any], None] | None = ...,
+        **decode: Any,
+    ) -> list[Completion]: ...
 
 
 class Chat:
@@ -32,7 +47,7 @@ class Chat:
     """
 
     def __init__(
-        self, model: Model, decode: dict[str, Any], *, seed: int, system: str | None, console: Console | None = None
+        self, model: ChatModel, decode: dict[str, Any], *, seed: int, system: str | None, console: Console | None = None
     ) -> None:
         if model.tokenizer is None or not model.tokenizer.chat_template:
             raise DareError(
