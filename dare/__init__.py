@@ -10,13 +10,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dare.api import convert as convert
     from dare.api import evaluate as evaluate
     from dare.api import train as train
     from dare.model import Model as Model
     from dare.model import load as load
 
-_HOMES = {"load": "dare.model", "Model": "dare.model", "train": "dare.api", "evaluate": "dare.api"}
-__all__ = ["Model", "evaluate", "load", "train"]
+_HOMES = {
+    "load": "dare.model",
+    "Model": "dare.model",
+    "convert": "dare.api",
+    "evaluate": "dare.api",
+    "train": "dare.api",
+}
+__all__ = ["Model", "convert", "evaluate", "load", "train"]
 
 
 def __getattr__(name: str) -> Any:

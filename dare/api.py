@@ -1,4 +1,4 @@
-"""`dare.train` and `dare.evaluate`: what the command line does, from Python."""
+"""`dare.train`, `dare.convert` and `dare.evaluate`: what the command line does, from Python."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 
 from dare.core.decode import Decode
@@ -18,7 +19,8 @@ from dare.core.recipe_errors import explain
 from dare.core.rng import Key
 from dare.core.types import TraceBatch
 from dare.evals.runner import evaluate_task
-from dare.model import Model, load
+from dare.families.convert import DEFAULT_MASK_TOKEN, Shift, convert_causal
+from dare.model import Model, find_dtype, load
 from dare.rollout.engine import denoise
 from dare.terminal.progress import NullReporter
 from dare.training.run import train as run_recipe
@@ -43,6 +45,28 @@ def train(
         recipe = parse_recipe(recipe, where="recipe")
     run_dir = Path("runs") / recipe.name if out is None else Path(out)
     return run_recipe(recipe, run_dir, reporter or NullReporter(), is_resumed=is_resumed)
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    to: str,
+    *,
+    shift: Shift | None = None,
+    mask_token: str = DEFAULT_MASK_TOKEN,
+    block_length: int | None = None,
+    dtype: torch.dtype | str | None = None,
+) -> Model:
+    """Turn an autoregressive checkpoint into a diffusion model of the family `to`, written to the folder `out`.
+
+    See `dare.families.convert.convert_causal`. The model has to be trained before it says anything sensible.
+    """
+    family, tokenizer = convert_causal(
+        source, to, shift=shift, mask_token=mask_token, block_length=block_length, dtype=find_dtype(dtype)
+    )
+    model = Model(family, tokenizer)
+    model.save(out)
+    return model
 
 
 def evaluate(

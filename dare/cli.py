@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from dare.cli_models import chat, convert
+from dare.cli_options import Checkpoint, DecodeOptions, Device, Dtype, Overrides, RecipeFile, load_model, token_text
 from dare.core.errors import DareError
 
 EXIT_USER_ERROR = 2
@@ -45,21 +46,6 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Look at training data.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data_app, name="data")
-
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="a recipe, YAML", show_default=False)]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="dotted keys of the recipe with YAML values", show_default=False),
-]
-DecodeOptions = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="decode options, such as gen_length=64", show_default=False),
-]
-Checkpoint = Annotated[
-    str, typer.Argument(metavar="CHECKPOINT", help="checkpoint folder, run folder or hub id", show_default=False)
-]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16, or checkpoint for the one it was saved with")]
 
 
 def main() -> None:
@@ -125,7 +111,7 @@ def evaluate(
     from dare.terminal.settings import evaluation_settings
 
     settings = evaluation_settings(checkpoint, task, recipe, overrides or [])
-    model = _load_model(checkpoint, device, dtype)
+    model = load_model(checkpoint, device, dtype)
     from dare import api
     from dare.terminal.progress import evaluation_line
 
@@ -170,19 +156,23 @@ def generate(
 
     prompts = read_prompts(prompt or [], prompt_ids or [], file, is_chat=is_chat)
     decode = generation_options(checkpoint, overrides or [])
-    model = _load_model(checkpoint, device, dtype)
+    model = load_model(checkpoint, device, dtype)
     from dare.terminal.canvas import CanvasView
     from dare.terminal.completions import print_completions
     from dare.terminal.progress import progress_bar
 
     spec = model.family.spec
     if is_traced:
-        with CanvasView(_token_text(model.tokenizer), spec.mask_id, spec.eos_ids) as view:
+        with CanvasView(token_text(model.tokenizer), spec.mask_id, spec.eos_ids) as view:
             completions = model.generate(prompts, seed=seed, on_step=view.on_step, **decode)
     else:
         with progress_bar("denoising") as on_progress:
             completions = model.generate(prompts, seed=seed, on_progress=on_progress, **decode)
     print_completions(prompts, completions, is_json=is_json)
+
+
+app.command(short_help="Talk to a model; its canvas streams.")(chat)
+app.command(short_help="Make a diffusion model of an autoregressive one.")(convert)
 
 
 @app.command(short_help="Check recipes without running them.")
@@ -299,36 +289,6 @@ def report(
     from dare.report.build import build_report
 
     typer.echo(build_report(run_dir, out or run_dir / "report", baseline) / "index.html")
-
-
-def _load_model(checkpoint: str, device: str, dtype: str) -> Any:
-    """A model, with the words of the command line turned into torch's."""
-    from dare.core.errors import unknown_name
-
-    dtypes, devices = ("checkpoint", "float32", "bfloat16"), ("auto", "cpu", "cuda")
-    if device not in devices:
-        raise unknown_name("device", device, devices, where="--device")
-    if dtype not in dtypes:
-        raise unknown_name("dtype", dtype, dtypes, where="--dtype")
-    import torch
-
-    from dare.model import load
-
-    has_cuda = torch.cuda.is_available()
-    if device == "cuda" and not has_cuda:
-        raise DareError("there is no CUDA device", where="--device", fix="use --device cpu")
-    wanted = {"checkpoint": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
-    return load(checkpoint, dtype=wanted, device="cuda" if has_cuda and device != "cpu" else "cpu")
-
-
-def _token_text(tokenizer: Any) -> Callable[[int], str]:
-    """How one token looks in a canvas; without a tokenizer its id does."""
-    from dare.families.tokenizer import decode
-
-    def text(token: int) -> str:
-        return f"{token} " if tokenizer is None else decode(tokenizer, [token], has_special=True)
-
-    return text
 
 
 def _to_json(value: Any) -> str:

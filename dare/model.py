@@ -38,14 +38,19 @@ def load(path: str | Path, *, dtype: torch.dtype | str | None = None, device: st
     dtype  torch's, or its name; None keeps the checkpoint's own. A folder without a tokenizer works with token ids.
     Raises DareError for anything that is not a whole checkpoint of a known family.
     """
-    if isinstance(dtype, str):
-        if dtype not in _DTYPES:
-            raise unknown_name("dtype", dtype, _DTYPES)
-        dtype = _DTYPES[dtype]
     folder = resolve_checkpoint(resolve_model_path(str(path)))
-    family = load_family(folder, dtype, torch.device(device))
+    family = load_family(folder, find_dtype(dtype), torch.device(device))
     family.network.eval()
     return Model(family, load_tokenizer(folder))
+
+
+def find_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """torch's dtype for a name. Raises DareError for a name that is not one of them."""
+    if not isinstance(dtype, str):
+        return dtype
+    if dtype not in _DTYPES:
+        raise unknown_name("dtype", dtype, _DTYPES)
+    return _DTYPES[dtype]
 
 
 class Model:

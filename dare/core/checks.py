@@ -45,7 +45,15 @@ def _check_online(recipe: Recipe, algorithm: Any) -> list[str]:
             fix="use 8 or more",
         )
     warnings = []
-    if algorithm.needs_step_map and recipe.decode.unmask in ("low_confidence", "threshold", "factor"):
+    if algorithm.needs_step_map and recipe.decode.edit_threshold is not None:
+        raise DareError(
+            f"{name} replays the trace step by step, in which tokens replace masks, but edits replace tokens",
+            where="decode.edit_threshold",
+            got=recipe.decode.edit_threshold,
+            fix="remove edit_threshold, or choose an algorithm that does not replay the trace",
+        )
+    chosen_by_candidate = ("low_confidence", "threshold", "capped_threshold", "factor")
+    if algorithm.needs_step_map and recipe.decode.unmask in chosen_by_candidate:
         warnings.append(
             f"{name} replays the trace, but unmask: {recipe.decode.unmask} chooses positions by the sampled token, so "
             "the trace likelihood is not exact; with max_prob, entropy, margin and random it is"

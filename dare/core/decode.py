@@ -15,17 +15,22 @@ UnmaskPolicy = Literal[
     "margin",
     "random",
     "left_to_right",
+    "independent",
+    "capped_threshold",
     "threshold",
     "factor",
     "entropy_bound",
 ]
+ScheduleName = Literal["even", "timesteps", "carried"]
+Compat = Literal["sampled_scores"]
+_THRESHOLD_POLICIES = ("threshold", "capped_threshold")
 DYNAMIC_POLICIES = ("threshold", "factor", "entropy_bound")  # commit as many as the rule allows, at least one
 
 
 class Decode(Options):
     """Options of one denoising run.
 
-    A fixed schedule (`steps_per_block`) spreads a block's masks evenly over its steps, the remainder first
+    A fixed schedule (`steps_per_block`) spreads a block's masks over its steps, by default evenly, the remainder first
     (LLaDA, `get_num_transfer_tokens`). The policies `threshold`, `factor` and `entropy_bound` decide by
     themselves how many tokens a step commits.
     """
@@ -33,13 +38,29 @@ class Decode(Options):
     gen_length: int = Field(128, ge=1, description="completion positions; block models round up to whole blocks")
     block_length: int | None = Field(None, ge=1, description="positions denoised together; default: the family's")
     steps_per_block: int | None = Field(None, ge=1, description="fixed schedule; default: one token per step")
+    schedule: ScheduleName = Field(
+        "even",
+        description="even; timesteps: the share of the remaining masks that falls between two times, rounded down, so "
+        "that some steps commit nothing and the last one the rest (Dream); carried: even, and what earlier steps left "
+        "of theirs (for unmask: capped_threshold)",
+    )
     unmask: UnmaskPolicy = Field("low_confidence", description="which masked positions a step commits")
     threshold: float | None = Field(
-        None, ge=0.0, description="for unmask: threshold, confidence in (0, 1]; default 0.9"
+        None, ge=0.0, description="for unmask: threshold and capped_threshold, confidence in (0, 1]; default 0.9"
     )
     min_commit: int | None = Field(None, ge=1, description="for unmask: threshold, fewest tokens a step commits")
     factor: float | None = Field(None, gt=0.0, description="for unmask: factor (Fast-dLLM); default 1.0")
     entropy_bound: float | None = Field(None, gt=0.0, description="for unmask: entropy_bound, nats; default 0.35")
+    edit_threshold: float | None = Field(
+        None,
+        ge=0.0,
+        le=1.0,
+        description="replace a committed token of the current block by a candidate of higher confidence than this "
+        "(LLaDA2.1); default: tokens are final",
+    )
+    max_post_steps: int | None = Field(
+        None, ge=0, description="for edit_threshold: most steps that go over a complete block; default 16"
+    )
     temperature: float = Field(0.0, ge=0.0, description="0 = greedy")
     top_k: int | None = Field(None, ge=1)
     top_p: float | None = Field(None, gt=0.0, le=1.0)
@@ -54,12 +75,22 @@ class Decode(Options):
     zero_eos_confidence: bool = Field(
         False, description="EOS keeps its logit but is committed last (LLaDA: confidence_eos_eot_inf)"
     )
+    compat: tuple[Compat, ...] = Field(
+        (),
+        description="published behaviour that is not the default. sampled_scores: positions are ranked by the "
+        "distribution that is sampled (temperature, top-k, top-p), not by the network's own (Dream, SDAR, LLaDA2.x)",
+    )
     batch_size: int = Field(256, ge=1, description="sequences denoised together; never changes a completion")
 
     @property
     def is_dynamic(self) -> bool:
         """Whether the policy itself decides how many tokens a step commits."""
         return self.unmask in DYNAMIC_POLICIES
+
+    @property
+    def has_empty_steps(self) -> bool:
+        """Whether a step may commit nothing, so that there may be more steps than positions."""
+        return self.schedule == "timesteps" or self.unmask == "independent"
 
     @model_validator(mode="after")
     def _check(self) -> Decode:
@@ -68,16 +99,26 @@ class Decode(Options):
                 f"unmask: {self.unmask} decides itself how many tokens a step commits, but steps_per_block is "
                 f"{self.steps_per_block}; remove steps_per_block or choose a policy with a fixed schedule"
             )
-        for field, policy in (
-            ("threshold", "threshold"),
-            ("min_commit", "threshold"),
-            ("factor", "factor"),
-            ("entropy_bound", "entropy_bound"),
+        if self.is_dynamic and self.schedule != "even":
+            raise ValueError(f"unmask: {self.unmask} has no schedule, got schedule: {self.schedule}; remove schedule")
+        if self.schedule == "carried" and self.unmask != "capped_threshold":
+            raise ValueError(
+                f"schedule: carried needs unmask: capped_threshold, got unmask: {self.unmask}: every other policy "
+                "commits all that it may; change one of them"
+            )
+        for field, policies in (
+            ("threshold", _THRESHOLD_POLICIES),
+            ("min_commit", ("threshold",)),
+            ("factor", ("factor",)),
+            ("entropy_bound", ("entropy_bound",)),
         ):
-            if getattr(self, field) is not None and self.unmask != policy:
+            if getattr(self, field) is not None and self.unmask not in policies:
                 raise ValueError(
-                    f"{field} needs unmask: {policy}, got unmask: {self.unmask}; remove {field} or change unmask"
+                    f"{field} needs unmask: {' or '.join(policies)}, got unmask: {self.unmask}; remove {field} or "
+                    "change unmask"
                 )
+        if self.max_post_steps is not None and self.edit_threshold is None:
+            raise ValueError("max_post_steps needs edit_threshold; remove it or set edit_threshold, for example to 0.5")
         if self.threshold is not None and self.threshold > 1.0:
             raise ValueError(f"threshold is a probability, got {self.threshold}; choose a value in [0, 1]")
         if self.block_length is not None:
@@ -86,7 +127,7 @@ class Decode(Options):
 
     def check_block(self, block_length: int) -> None:
         """Raise ValueError if the schedule cannot fill blocks of `block_length`."""
-        if self.steps_per_block is not None and self.steps_per_block > block_length:
+        if self.steps_per_block is not None and self.steps_per_block > block_length and not self.has_empty_steps:
             raise ValueError(
                 f"steps_per_block {self.steps_per_block} cannot fill a block of {block_length} positions: every step "
                 f"commits at least one token; use steps_per_block <= {block_length}"

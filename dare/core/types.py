@@ -7,7 +7,7 @@ column. Padding never changes a real position's logits.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -83,6 +83,45 @@ class Canvas:
 
 
 @dataclass
+class Edits:
+    """Tokens that a rollout committed and later replaced: E entries, ordered by row, step of replacement, position.
+
+    row_E       int64   row of the trace
+    position_E  int64   position in its canvas
+    token_E     int64   the token that was replaced
+    since_E     int64   the row's denoising step that had written it
+    until_E     int64   the row's denoising step that replaced it
+    logp_E      float32 its log-prob when it was written, as in `TraceBatch.logp_BS`
+    """
+
+    row_E: Tensor
+    position_E: Tensor
+    token_E: Tensor
+    since_E: Tensor
+    until_E: Tensor
+    logp_E: Tensor
+
+    def __post_init__(self) -> None:
+        shape, long = (int(self.row_E.shape[0]),), torch.int64
+        _check(self, shape, row_E=(self.row_E, long), position_E=(self.position_E, long))
+        _check(self, shape, token_E=(self.token_E, long), since_E=(self.since_E, long), until_E=(self.until_E, long))
+        _check(self, shape, logp_E=(self.logp_E, torch.float32))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Edits]) -> Edits:
+        """All entries of `parts`, in order of row, replacement and position."""
+        fields = [field.name for field in dataclasses.fields(cls)]
+        if not parts:
+            none = torch.zeros(0, dtype=torch.int64)
+            return cls(none, none, none, none, none, none.float())
+        all_E = {name: torch.cat([getattr(part, name) for part in parts]) for name in fields}
+        order_E = torch.arange(len(all_E["row_E"]), device=all_E["row_E"].device)
+        for name in ("position_E", "until_E", "row_E"):  # stable sorts, the last one is the major key
+            order_E = order_E[all_E[name][order_E].argsort(stable=True)]
+        return cls(**{name: value[order_E] for name, value in all_E.items()})
+
+
+@dataclass
 class TraceBatch:
     """What a rollout remembers: enough to rebuild every canvas it saw, bit for bit.
 
@@ -96,6 +135,7 @@ class TraceBatch:
     is_eos_B     bool    whether the completion contains an EOS token (else it ran to its full length)
     sample_id_B  int64   stable ids that key the randomness
     temperature  the temperature that was sampled (0 = greedy)
+    edits        tokens that were replaced after they had been committed; None unless the rollout could edit
     is_exact     False if an approximation was on (stale caches); its name is in `decode`
     decode       the decode options as plain data
     """
@@ -112,6 +152,7 @@ class TraceBatch:
     is_exact: bool = True
     weights_version: int = 0
     decode: Mapping[str, Any] = field(default_factory=dict)
+    edits: Edits | None = None
 
     def __post_init__(self) -> None:
         shape = tuple(self.canvas.input_BS.shape)

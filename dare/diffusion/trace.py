@@ -1,7 +1,8 @@
 """What a rollout remembers, read back: the canvas before any step, the scored positions, the completions.
 
-A step map is enough to rebuild every canvas bit for bit, because a committed token never changes: before step t a
-row holds the tokens of steps < t and masks everywhere else in its completion.
+A step map is enough to rebuild every canvas bit for bit where a committed token never changes: before step t a row
+holds the tokens of steps < t and masks everywhere else in its completion. A rollout that edits also keeps the tokens
+that it replaced, with the steps between which each of them stood.
 """
 
 from __future__ import annotations
@@ -27,7 +28,12 @@ def canvas_before(trace: TraceBatch, step: int) -> Tensor:
 
     Rows that took fewer steps are at their final canvas. Positions never sampled hold the mask token there already.
     """
-    return torch.where(trace.step_map_BS >= step, trace.mask_id, trace.canvas.input_BS)
+    ids_BS = torch.where(trace.step_map_BS >= step, trace.mask_id, trace.canvas.input_BS)
+    edits = trace.edits
+    if edits is not None:
+        stood_E = (edits.since_E < step) & (step <= edits.until_E)
+        ids_BS[edits.row_E[stood_E], edits.position_E[stood_E]] = edits.token_E[stood_E]
+    return ids_BS
 
 
 def is_eos(ids: Tensor, eos_ids: Sequence[int]) -> Tensor:

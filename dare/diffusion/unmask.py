@@ -19,11 +19,34 @@ from dare.diffusion.sampling import ScoreName
 if TYPE_CHECKING:
     from torch import Tensor
 
-Rule = Callable[["Tensor", "Tensor", "Tensor", Decode], "Tensor"]
+Rule = Callable[["Tensor", "Tensor", "Due", Decode], "Tensor"]
 
 _THRESHOLD = 0.9
 _FACTOR = 1.0
 _ENTROPY_BOUND = 0.35
+_LAST_TIME = 1e-3
+
+
+class Due(NamedTuple):
+    """What the schedule asks of a step.
+
+    quota_B  int64    tokens to commit
+    share_B  float32  probability that a masked position is revealed, if each is on its own
+    """
+
+    quota_B: Tensor
+    share_B: Tensor
+
+
+def due(schedule: str, num_masked_B: Tensor, num_left_B: Tensor, num_steps: int, step_B: Tensor) -> Due:
+    """What step `step_B` of `num_steps` owes to a block that began with `num_masked_B` masks and has `num_left_B`.
+
+    Raises DareError for an unknown schedule.
+    """
+    if schedule not in SCHEDULES:
+        raise unknown_name("schedule", schedule, SCHEDULES, where="decode.schedule")
+    quota_B = SCHEDULES[schedule](num_masked_B, num_left_B, num_steps, step_B)
+    return Due(quota_B, reveal_share(num_steps, step_B))
 
 
 def quota(num_masked_B: Tensor, num_steps: int, step_B: Tensor) -> Tensor:
@@ -35,14 +58,57 @@ def quota(num_masked_B: Tensor, num_steps: int, step_B: Tensor) -> Tensor:
     return num_masked_B // num_steps + (step_B < num_masked_B % num_steps)
 
 
-def commits(policy: str, score_BK: Tensor, is_masked_BK: Tensor, quota_B: Tensor, decode: Decode) -> Tensor:
+def reveal_share(num_steps: int, step_B: Tensor) -> Tensor:
+    """float32 [B]: 1 - s / t for the times t > s around a step, evenly spaced from 1 to 1e-3; 1 from the last step on.
+
+    The share of the masks at time t that the reverse process has revealed at time s (Dream, `diffusion_generate`).
+    """
+    time_T = torch.linspace(1.0, _LAST_TIME, num_steps + 1)
+    share_T = 1.0 - time_T[1:] / time_T[:-1]
+    share_T[-1] = 1.0
+    return share_T.to(step_B.device)[step_B.clamp(max=num_steps - 1)]
+
+
+def _even(num_masked_B: Tensor, num_left_B: Tensor, num_steps: int, step_B: Tensor) -> Tensor:
+    return quota(num_masked_B, num_steps, step_B)
+
+
+def _by_timesteps(num_masked_B: Tensor, num_left_B: Tensor, num_steps: int, step_B: Tensor) -> Tensor:
+    """Dream's counts: rounded down in float32, so as many steps as masks begin with an empty one."""
+    return (num_left_B.float() * reveal_share(num_steps, step_B)).long()
+
+
+def _carried(num_masked_B: Tensor, num_left_B: Tensor, num_steps: int, step_B: Tensor) -> Tensor:
+    """All that the even schedule has asked for so far and was not committed (Fast-dLLM for Dream, without a cache)."""
+    num_steps_B = (step_B + 1).clamp(max=num_steps)
+    asked_B = num_masked_B // num_steps * num_steps_B + torch.minimum(num_masked_B % num_steps, num_steps_B)
+    return asked_B - (num_masked_B - num_left_B)
+
+
+SCHEDULES: dict[str, Callable[[Tensor, Tensor, int, Tensor], Tensor]] = {
+    "even": _even,
+    "timesteps": _by_timesteps,
+    "carried": _carried,
+}
+
+
+def commits(
+    policy: str,
+    score_BK: Tensor,
+    is_masked_BK: Tensor,
+    quota_B: Tensor,
+    decode: Decode,
+    share_B: Tensor | None = None,
+) -> Tensor:
     """bool [B, K]: the positions to commit, a subset of `is_masked_BK`.
 
     score_BK  the score `POLICIES[policy].score`; ignored where not masked
     quota_B   what the schedule asks for; policies that decide by themselves ignore it
+    share_B   see `Due`; read by `independent` only, None reveals everything
     Raises DareError for an unknown policy.
     """
-    return find_policy(policy).rule(score_BK, is_masked_BK, quota_B, decode)
+    due = Due(quota_B, torch.ones(len(quota_B), device=score_BK.device) if share_B is None else share_B)
+    return find_policy(policy).rule(score_BK, is_masked_BK, due, decode)
 
 
 def is_distribution_only(policy: str) -> bool:
@@ -61,19 +127,30 @@ def find_policy(name: str) -> Policy:
     return POLICIES[name]
 
 
-def _top_quota(score_BK: Tensor, is_masked_BK: Tensor, quota_B: Tensor, decode: Decode) -> Tensor:
-    """The `quota_B` best."""
-    return _best(score_BK, is_masked_BK, quota_B)
+def _top_quota(score_BK: Tensor, is_masked_BK: Tensor, due: Due, decode: Decode) -> Tensor:
+    """As many of the best as are due."""
+    return _best(score_BK, is_masked_BK, due.quota_B)
 
 
-def _above_threshold(score_BK: Tensor, is_masked_BK: Tensor, quota_B: Tensor, decode: Decode) -> Tensor:
+def _on_its_own(score_BK: Tensor, is_masked_BK: Tensor, due: Due, decode: Decode) -> Tensor:
+    """Each masked position with the same probability, whatever the others do (Dream: `origin`); scores are uniform."""
+    return is_masked_BK & (score_BK < due.share_B[:, None])
+
+
+def _above_threshold_when_due(score_BK: Tensor, is_masked_BK: Tensor, due: Due, decode: Decode) -> Tensor:
+    """Of as many of the best as are due, those above the threshold, and always the first."""
+    is_due_BK = _best(score_BK, is_masked_BK, due.quota_B.clamp(min=1))
+    return _above_threshold(score_BK, is_due_BK, due, decode)
+
+
+def _above_threshold(score_BK: Tensor, is_masked_BK: Tensor, due: Due, decode: Decode) -> Tensor:
     """Every confidence above the threshold, and at least the `min_commit` best."""
     threshold = _THRESHOLD if decode.threshold is None else decode.threshold
     num_above_B = ((score_BK > threshold) & is_masked_BK).sum(-1)
     return _best(score_BK, is_masked_BK, num_above_B.clamp(min=decode.min_commit or 1))
 
 
-def _by_factor(score_BK: Tensor, is_masked_BK: Tensor, quota_B: Tensor, decode: Decode) -> Tensor:
+def _by_factor(score_BK: Tensor, is_masked_BK: Tensor, due: Due, decode: Decode) -> Tensor:
     """The longest run of ranks r = 1, 2, ... with confidence >= 1 - factor / (r + 1); the first always passes.
 
     Fast-dLLM (Wu et al. 2025), including a behaviour of its code: when only the very last rank fails, it is
@@ -90,7 +167,7 @@ def _by_factor(score_BK: Tensor, is_masked_BK: Tensor, quota_B: Tensor, decode: 
     return _best(score_BK, is_masked_BK, num_passing_B + is_last_failing_B)
 
 
-def _by_entropy_bound(score_BK: Tensor, is_masked_BK: Tensor, quota_B: Tensor, decode: Decode) -> Tensor:
+def _by_entropy_bound(score_BK: Tensor, is_masked_BK: Tensor, due: Due, decode: Decode) -> Tensor:
     """The lowest entropies while their sum stays below the bound, at least one (JetEngine; Ben-Hamu et al. 2025).
 
     JetEngine takes entropies at the sampling temperature, we at temperature 1.
@@ -110,7 +187,7 @@ def _best(score_BK: Tensor, is_masked_BK: Tensor, num_B: Tensor) -> Tensor:
 
 class Policy(NamedTuple):
     """score  what positions are ranked by; "uniform" a keyed random number, "none" nothing: from left to right
-    rule      (score_BK, is_masked_BK, quota_B, decode) -> bool [B, K]
+    rule      (score_BK, is_masked_BK, due, decode) -> bool [B, K]
     """
 
     score: ScoreName | Literal["uniform", "none"]
@@ -124,6 +201,8 @@ POLICIES: dict[str, Policy] = {
     "margin": Policy("margin", _top_quota),
     "random": Policy("uniform", _top_quota),
     "left_to_right": Policy("none", _top_quota),
+    "independent": Policy("uniform", _on_its_own),
+    "capped_threshold": Policy("confidence", _above_threshold_when_due),
     "threshold": Policy("confidence", _above_threshold),
     "factor": Policy("confidence", _by_factor),
     "entropy_bound": Policy("negative_entropy", _by_entropy_bound),

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +71,18 @@ class Network(nn.Module, ABC):
 
 
 @dataclass(frozen=True)
+class Adoption:
+    """How the tensors of an autoregressive checkpoint become a family's, so that only the attention mask differs.
+
+    rename  the checkpoint's name of a parameter -> the family's
+    zeros   endings of parameters that the checkpoint does not have and that change nothing while they are 0
+    """
+
+    rename: Callable[[str], str] = str
+    zeros: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class FamilyType:
     """One row of the families table: how to recognise, describe and build its checkpoints.
 
@@ -78,6 +90,7 @@ class FamilyType:
     spec         from config.json and generation_config.json (None if the checkpoint has none)
     build        the network of a config.json; called on the meta device, so it must not compute with weights
     tiny_config  a config.json, in official field names, for a new model
+    adopts       autoregressive layouts (rows of `dare.families.causal.LAYOUTS`) that can be converted
     """
 
     name: str
@@ -85,6 +98,7 @@ class FamilyType:
     spec: Callable[[Config, Config | None], FamilySpec]
     build: Callable[[Config], Network]
     tiny_config: Callable[[ModelSizes], Config]
+    adopts: Mapping[str, Adoption] = field(default_factory=dict)
 
 
 class Family:

@@ -90,6 +90,9 @@ class ModelSizes:
     pad_id: int
     block_length: int | None
     tie_embeddings: bool
+    head_dim: int | None = None  # for families whose heads may have another size than hidden_size / num_heads
+    rope_theta: float | None = None
+    norm_eps: float | None = None
 
 
 class Fields:

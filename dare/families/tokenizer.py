@@ -62,10 +62,7 @@ def load_tokenizer(path: str | Path) -> Any:
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
     """Ids of plain text; no special tokens are added. Raises DareError for a character outside the vocabulary."""
-    from tokenizers.models import WordLevel
-
-    if tokenizer.is_fast and isinstance(tokenizer.backend_tokenizer.model, WordLevel):
-        _check_characters(tokenizer, text)
+    _check_characters(tokenizer, text)
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
     return ids
 
@@ -98,6 +95,8 @@ def encode_messages(
             fix="use plain text instead of messages, or a checkpoint that was tuned for chat",
         )
     plain = [dict(message) for message in messages]
+    for message in plain:
+        _check_characters(tokenizer, message.get("content", ""))
     try:
         ids: list[int] = tokenizer.apply_chat_template(plain, add_generation_prompt=is_open, return_dict=False)
     except TemplateError as error:
@@ -114,6 +113,10 @@ def decode(tokenizer: Any, ids: Sequence[int], *, has_special: bool = False) -> 
 
 def _check_characters(tokenizer: Any, text: str) -> None:
     """A character tokenizer has no token for the unknown: dropping or replacing characters would change the problem."""
+    from tokenizers.models import WordLevel
+
+    if not tokenizer.is_fast or not isinstance(tokenizer.backend_tokenizer.model, WordLevel):
+        return
     known = {token for token in tokenizer.get_vocab() if token not in tokenizer.all_special_tokens}
     unknown = sorted(set(text) - known)
     if unknown:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from dare.core.types import GIVEN, UNSAMPLED, Canvas
+from dare.core.types import GIVEN, UNSAMPLED, Canvas, Edits
 
 
 @dataclass
@@ -19,7 +19,9 @@ class Batch:
     num_masked_B  masks that the row's block began with
     step_B        denoising steps that the row took
     block_step_B  those of its block
+    post_step_B   those of its block that went over it when it was complete
     is_done_B     whether nothing is left to do for the row
+    edits         what was replaced so far; rows are those of the batch
     """
 
     canvas: Canvas
@@ -33,7 +35,9 @@ class Batch:
     num_masked_B: Tensor
     step_B: Tensor
     block_step_B: Tensor
+    post_step_B: Tensor
     is_done_B: Tensor
+    edits: list[Edits] = field(default_factory=list)
 
     @classmethod
     def begin(cls, canvas: Canvas, sample_id_B: Tensor, block_length: int, mask_id: int) -> Batch:
@@ -54,6 +58,7 @@ class Batch:
             num_masked_B=start_B + block_length - first_B1[:, 0],
             step_B=zero_B,
             block_step_B=zero_B.clone(),
+            post_step_B=zero_B.clone(),
             is_done_B=torch.zeros_like(zero_B, dtype=torch.bool),
         )
 
@@ -71,16 +76,31 @@ class Batch:
         self.step_map_BS[row_N, position_N] = self.step_B[row_N]
         self.logp_BS[row_N, position_N] = logp_N
 
-    def count_step(self, row_H: Tensor, is_denoising_H: Tensor) -> None:
+    def log_edits(self, row_N: Tensor, position_N: Tensor) -> None:
+        """Remember the tokens that are about to be replaced by the rows' current denoising step."""
+        self.edits.append(
+            Edits(
+                row_E=row_N,
+                position_E=position_N,
+                token_E=self.canvas.input_BS[row_N, position_N],
+                since_E=self.step_map_BS[row_N, position_N],
+                until_E=self.step_B[row_N],
+                logp_E=self.logp_BS[row_N, position_N],
+            )
+        )
+
+    def count_step(self, row_H: Tensor, is_denoising_H: Tensor, has_mask_H: Tensor) -> None:
         """The rows that took part in a denoising step are at their next one."""
         self.step_B[row_H] += is_denoising_H
         self.block_step_B[row_H] += is_denoising_H
+        self.post_step_B[row_H] += is_denoising_H & ~has_mask_H
 
     def advance(self, row_N: Tensor) -> None:
         """Move rows to their next block, which is masked throughout."""
         self.start_B[row_N] += self.block_length
         self.num_masked_B[row_N] = self.block_length
         self.block_step_B[row_N] = 0
+        self.post_step_B[row_N] = 0
 
     def num_waiting(self) -> int:
         """Masked positions that are still to be sampled, as far as is known."""

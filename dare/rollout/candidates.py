@@ -1,4 +1,4 @@
-"""From hidden states at masked positions to candidates, one chunk of logits at a time."""
+"""From hidden states at masked (or editable) positions to candidates, one chunk of logits at a time."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ from dare.rollout.plan import Plan
 
 
 class Candidates(NamedTuple):
-    """What N masked positions propose.
+    """What N masked positions propose; where a rollout may edit, also positions that hold a token.
 
     logp_N   float32, nats: log-prob of the token under the network's own softmax at the sampling temperature,
              before guidance, forbidden tokens, top-k and top-p: what a trainer scores
     score_N  float32: what the unmask policy ranks by; 0 where that does not depend on the network
+    confidence_N  float32: what decides on an edit; 0 in a rollout that does not
     """
 
     token_N: Tensor
     logp_N: Tensor
     score_N: Tensor
+    confidence_N: Tensor
 
 
 def propose(
@@ -51,8 +53,13 @@ def _propose_chunk(
     allowed_NV = sampling.without(guided_NV, plan.forbidden_ids)
     token_N = sampling.sample(allowed_NV, decode.temperature, decode.top_k, decode.top_p, uniform_N)
     logp_N = sampling.token_logp(logits_NV, token_N, plan.logp_temperature)
-    score = find_policy(decode.unmask).score
-    if score == "uniform" or score == "none":
-        return Candidates(token_N, logp_N, torch.zeros_like(logp_N))
     ranked_NV = sampling.without(guided_NV, plan.unranked_ids)
-    return Candidates(token_N, logp_N, sampling.score(score, ranked_NV, token_N, mask_id))
+    if "sampled_scores" in decode.compat:
+        ranked_NV = sampling.filtered(ranked_NV, decode.temperature or 1.0, decode.top_k, decode.top_p)
+    score = find_policy(decode.unmask).score
+    score_N = confidence_N = torch.zeros_like(logp_N)
+    if score != "uniform" and score != "none":
+        score_N = sampling.score(score, ranked_NV, token_N, mask_id)
+    if decode.edit_threshold is not None:
+        confidence_N = sampling.score("confidence", ranked_NV, token_N, mask_id)
+    return Candidates(token_N, logp_N, score_N, confidence_N)

@@ -3,8 +3,9 @@
             +--------------- until every row is done ----------------+
             v                                                        |
     read the current block of every row -> candidates at its masks   |
-         -> the unmask policy commits some -> rows whose block is    |
-            complete store it (block cache) and move on, or leave ---+
+         -> the unmask policy commits some; committed tokens may be  |
+            edited -> rows whose block is complete (and at rest)     |
+            store it (block cache) and move on, or leave ------------+
 
 Rows never wait for one another: each has its own block, step and random numbers, keyed by (sample id, position, step).
 A completion is therefore the same in any batch, order or company.
@@ -40,7 +41,7 @@ class StepEvent:
     rows             indices into the prompts of the call
     step_N           int64 each row's own 0-based step
     ids_NS           int64 the canvas; positions not yet sampled hold the mask id
-    is_committed_NS  bool  what this step committed
+    is_committed_NS  bool  what this step committed or replaced
     logp_NS          float32 log-prob at commit of everything committed so far, nats; 0 elsewhere
     """
 
@@ -106,33 +107,44 @@ class _Run:
     batch: Batch
 
     def steps(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Denoise to the end. After each step: the N rows that took part and what they committed, bool [N, K]."""
+        """Denoise to the end. After each step: the N rows that took part and what they wrote, bool [N, K]."""
         batch = self.batch
         row_H = torch.arange(batch.canvas.batch_size, device=batch.start_B.device)
         forward = make_forward(self.family, batch, self.plan, row_H)
         while len(row_H):
             is_masked_HK = batch.masked(row_H)
-            is_denoising_H = is_masked_HK.any(-1)
+            has_mask_H = is_masked_HK.any(-1)
+            is_denoising_H = has_mask_H | self._may_edit(row_H)
             has_step = bool(is_denoising_H.any())  # else all rows only store their blocks
             hidden = forward.read(row_H)
-            is_committed_HK = self._commit(row_H, is_masked_HK, hidden) if has_step else is_masked_HK
-            is_complete_H = ~(is_masked_HK & ~is_committed_HK).any(-1)
-            batch.count_step(row_H, is_denoising_H)
+            is_written_HK = self._write(row_H, is_masked_HK, is_denoising_H, hidden) if has_step else is_masked_HK
+            batch.count_step(row_H, is_denoising_H, has_mask_H)
+            is_settled_H = ~has_mask_H & ~is_written_HK.any(-1)
+            is_complete_H = ~batch.masked(row_H).any(-1) & (is_settled_H | ~self._may_edit(row_H))
             batch.is_done_B[row_H] |= is_complete_H & self._is_terminal(row_H)
             if has_step:
-                yield row_H[is_denoising_H], is_committed_HK[is_denoising_H]
+                yield row_H[is_denoising_H], is_written_HK[is_denoising_H]
             is_live_H = ~batch.is_done_B[row_H]
-            # With a store pass, a block is stored by the first forward that finds it complete.
-            is_leaving_H = ~is_denoising_H if forward.has_store_pass else is_complete_H
+            # With a store pass, a block is stored by the first forward that finds it complete and leaves it so.
+            is_leaving_H = is_settled_H if forward.has_store_pass else is_complete_H
             batch.advance(row_H[is_live_H & is_leaving_H])
             if int(is_live_H.sum()) <= forward.keeps_rows_until * len(row_H):
                 forward.keep(is_live_H.nonzero()[:, 0])
                 row_H = row_H[is_live_H]
 
-    def _commit(self, row_H: Tensor, is_masked_HK: Tensor, hidden: Hidden) -> Tensor:
-        """bool [H, K]: the positions that this step commits; the batch holds them afterwards."""
+    def _may_edit(self, row_H: Tensor) -> Tensor:
+        """bool [H]: whether another step may go over the row's block if that is complete."""
+        batch = self.batch
+        return ~batch.is_done_B[row_H] & (batch.post_step_B[row_H] < self.plan.max_post_steps)
+
+    def _write(self, row_H: Tensor, is_masked_HK: Tensor, is_denoising_H: Tensor, hidden: Hidden) -> Tensor:
+        """bool [H, K]: the positions that this step commits or edits; the batch holds their new tokens afterwards."""
         batch, decode = self.batch, self.plan.decode
-        place_N, column_N = is_masked_HK.nonzero(as_tuple=True)
+        is_open_HK = is_masked_HK
+        if decode.edit_threshold is not None:
+            is_completion_HK = batch.canvas.is_completion_BS[row_H[:, None], batch.window(row_H)]
+            is_open_HK = is_masked_HK | (is_completion_HK & is_denoising_H[:, None])
+        place_N, column_N = is_open_HK.nonzero(as_tuple=True)
         row_N = row_H[place_N]
         position_N = batch.start_B[row_N] + column_N
         counters = (batch.sample_id_B[row_N], position_N, batch.step_B[row_N])
@@ -143,10 +155,26 @@ class _Run:
             score_N = self.key.fold("unmask").uniform(*counters)
         score_HK = torch.zeros(is_masked_HK.shape, dtype=score_N.dtype, device=score_N.device)
         score_HK[place_N, column_N] = score_N
-        quota_H = unmask.quota(batch.num_masked_B[row_H], self.plan.num_steps, batch.block_step_B[row_H])
-        is_committed_HK = unmask.commits(decode.unmask, score_HK, is_masked_HK, quota_H, decode)
-        chosen_N = is_committed_HK[place_N, column_N]
+        is_written_HK = self._commits(row_H, score_HK, is_masked_HK)
+        if decode.edit_threshold is not None:
+            is_new_N = batch.canvas.input_BS[row_N, position_N] != found.token_N
+            is_edited_N = ~is_masked_HK[place_N, column_N] & is_new_N & (found.confidence_N > decode.edit_threshold)
+            batch.log_edits(row_N[is_edited_N], position_N[is_edited_N])
+            is_written_HK[place_N, column_N] |= is_edited_N
+        chosen_N = is_written_HK[place_N, column_N]
         batch.commit(row_N[chosen_N], position_N[chosen_N], found.token_N[chosen_N], found.logp_N[chosen_N])
+        return is_written_HK
+
+    def _commits(self, row_H: Tensor, score_HK: Tensor, is_masked_HK: Tensor) -> Tensor:
+        """bool [H, K]: the masked positions that the unmask policy commits in this step."""
+        plan, decode, step_H = self.plan, self.plan.decode, self.batch.block_step_B[row_H]
+        num_masked_H, num_left_H = self.batch.num_masked_B[row_H], is_masked_HK.sum(-1)
+        due = unmask.due(decode.schedule, num_masked_H, num_left_H, plan.num_steps, step_H)
+        is_committed_HK = unmask.commits(decode.unmask, score_HK, is_masked_HK, due.quota_B, decode, due.share_B)
+        if plan.has_first_step:
+            is_first_HK = torch.zeros_like(is_masked_HK)
+            is_first_HK[:, 0] = is_masked_HK[:, 0]
+            is_committed_HK = torch.where((step_H == 0)[:, None], is_first_HK, is_committed_HK)
         return is_committed_HK
 
     def _is_terminal(self, row_H: Tensor) -> Tensor:

@@ -129,7 +129,8 @@ class RefreshedCache:
     """Fast-dLLM (Wu et al. 2025): approximate for full attention.
 
     The first step of a block runs the whole canvas and stores it. Later steps of the block run only its own
-    positions (dual) or those and all after them (prefix) against what is stored.
+    positions (dual) or those and all after them (prefix) against what is stored. With a shift, nothing then scores the
+    block's first position, which the first step has committed (see `Plan.has_first_step`).
     """
 
     has_store_pass: ClassVar[bool] = False
@@ -164,7 +165,8 @@ class RefreshedCache:
         if not is_whole:
             for stored, new in zip(self.cache.keys + self.cache.values, cache.keys + cache.values, strict=True):
                 stored[index_I] = new
-        return _take(hidden_ITD, window_IK - position_IT[:, :1])
+        index_IK = window_IK - position_IT[:, :1]
+        return _take(hidden_ITD, (index_IK - 1).clamp(min=0) if self.family.spec.is_shifted else index_IK)
 
     def _positions(self, row_I: Tensor, window_IK: Tensor, is_refresh: bool) -> Tensor:
         width = self.batch.canvas.length

@@ -10,6 +10,8 @@ from dare.core.errors import DareError
 from dare.diffusion.unmask import find_policy
 from dare.families.base import Family
 
+_MAX_POST_STEPS = 16
+
 CacheName = Literal["none", "prefix", "dual", "block"]
 
 
@@ -24,6 +26,8 @@ class Plan:
     has_eos_stop: bool
     forbidden_ids: tuple[int, ...]  # never produced
     unranked_ids: tuple[int, ...]  # left out of the distribution that positions are ranked by
+    max_post_steps: int  # steps that may go over a complete block to edit it; 0 = tokens are final
+    has_first_step: bool  # the first step of a block commits its first position, whatever the policy
 
     @property
     def logp_temperature(self) -> float:
@@ -63,6 +67,9 @@ def make_plan(family: Family, decode: Decode) -> Plan:
         has_eos_stop=is_blockwise if decode.eos_stop is None else decode.eos_stop,
         forbidden_ids=(spec.mask_id, *(spec.eos_ids if decode.forbid_eos else ())),
         unranked_ids=spec.eos_ids if decode.forbid_eos or decode.zero_eos_confidence else (),
+        max_post_steps=_max_post_steps(decode),
+        # Later steps read a block from its own positions only, of which none scores the first (Fast-dLLM for Dream).
+        has_first_step=spec.is_shifted and cache in ("prefix", "dual"),
     )
 
 
@@ -79,14 +86,20 @@ def check_prompts(family: Family, prompts: list[list[int]]) -> None:
             )
 
 
+def _max_post_steps(decode: Decode) -> int:
+    if decode.edit_threshold is None:
+        return 0
+    return _MAX_POST_STEPS if decode.max_post_steps is None else decode.max_post_steps
+
+
 def _pick_cache(family: Family, decode: Decode, is_blockwise: bool) -> CacheName:
     if decode.cache == "none":
         return "none"
     if decode.cache == "auto":
         return "block" if is_blockwise else "none"
-    if is_blockwise or family.spec.is_shifted:
+    if is_blockwise:
         raise DareError(
-            f"cache: {decode.cache} approximates full attention over unshifted logits",
+            f"cache: {decode.cache} approximates full attention",
             where="decode.cache",
             got=f"family {family.spec.name}",
             fix="use cache: auto, which is exact",

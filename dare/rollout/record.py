@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dare.core.errors import NonFiniteError
-from dare.core.types import GIVEN, Canvas, TraceBatch
+from dare.core.types import GIVEN, Canvas, Edits, TraceBatch
 from dare.diffusion.trace import has_eos
 from dare.families.base import Family
 from dare.rollout.batch import Batch
@@ -31,6 +31,7 @@ def empty_trace(family: Family, plan: Plan, canvas: Canvas, sample_ids: list[int
         is_exact=plan.cache in ("none", "block"),
         weights_version=weights_version,
         decode=plan.decode.model_dump(mode="json"),
+        edits=None if plan.decode.edit_threshold is None else Edits.joined([]),
     )
 
 
@@ -67,6 +68,8 @@ def record_batch(batch: Batch, trace: TraceBatch, index_B: Tensor, pad_id: int) 
     trace.step_map_BS[index_B, :width] = step_map_BS
     trace.logp_BS[index_B, :width] = batch.logp_BS.cpu()
     trace.nfe_B[index_B] = batch.step_B.cpu()
+    if trace.edits is not None:
+        trace.edits = Edits.joined([trace.edits, *(_in_trace(part, index_B) for part in batch.edits)])
 
 
 def finished(trace: TraceBatch) -> TraceBatch:
@@ -79,6 +82,12 @@ def finished(trace: TraceBatch) -> TraceBatch:
         logp_BS=trace.logp_BS[:, :width],
     )
     return dataclasses.replace(narrow, is_eos_B=has_eos(narrow))
+
+
+def _in_trace(edits: Edits, index_B: Tensor) -> Edits:
+    """Edits of a batch as those of the rows `index_B` of a trace, on the CPU."""
+    moved = {field.name: getattr(edits, field.name).cpu() for field in dataclasses.fields(edits)}
+    return Edits(**{**moved, "row_E": index_B[moved["row_E"]]})
 
 
 def _columns(canvas: Canvas, width: int, device: torch.device) -> Canvas:

@@ -41,7 +41,8 @@ class CanvasView:
     """A context manager whose `on_step` is the callback of a rollout.
 
     Prompts are dim, masked positions shaded, and committed tokens coloured by their probability at commit; those of
-    the last step are bold. Shows the first few prompts.
+    the last step are bold. Shows the first few prompts; `is_reply_only` leaves prompts and legend out and takes the
+    canvas away at the end, for a reply that is then printed.
     """
 
     def __init__(
@@ -50,7 +51,10 @@ class CanvasView:
         mask_id: int,
         eos_ids: Collection[int],
         console: Console | None = None,
+        *,
+        is_reply_only: bool = False,
     ) -> None:
+        self._is_reply_only = is_reply_only
         self._token_text = token_text
         self._mask_id = mask_id
         self._eos_ids = eos_ids
@@ -60,9 +64,12 @@ class CanvasView:
         self._live: Live | None = None
 
     def __enter__(self) -> CanvasView:
-        self._console.print(_legend())
+        if not self._is_reply_only:
+            self._console.print(_legend())
         if self._console.is_terminal:
-            self._live = Live(console=self._console, auto_refresh=False, vertical_overflow="crop")
+            self._live = Live(
+                console=self._console, auto_refresh=False, vertical_overflow="crop", transient=self._is_reply_only
+            )
             self._live.start()
         return self
 
@@ -71,7 +78,8 @@ class CanvasView:
     ) -> None:
         if self._live is not None:
             self._live.stop()
-        self._console.print()
+        if not self._is_reply_only:
+            self._console.print()
 
     def on_step(self, event: StepEvent) -> None:
         """Show the canvas as it is after a denoising step."""
@@ -90,7 +98,7 @@ class CanvasView:
             grid.add_column(overflow="fold")
             for index, row in enumerate(self._rows):
                 if row.ids:
-                    grid.add_row(str(index + 1), self._line(index))
+                    grid.add_row("" if self._is_reply_only else str(index + 1), self._line(index))
             self._live.update(grid, refresh=True)
         else:
             self._console.print(f"step {self._num_frames}")
@@ -101,6 +109,8 @@ class CanvasView:
         row = self._rows[index]
         line = Text()
         for position in range(row.length(self._mask_id)):
+            if self._is_reply_only and row.is_given(position, self._mask_id):
+                continue
             line.append(self._cell(row.ids[position]), style=row.style(position))
         return line
 
@@ -122,10 +132,14 @@ class _Row:
         self.ids, self._is_new = ids, is_new
         self._confidence |= {position: math.exp(logps[position]) for position, new in enumerate(is_new) if new}
 
+    def is_given(self, position: int, mask_id: int) -> bool:
+        """Whether the position is neither masked nor was committed: prompt or padding."""
+        return self.ids[position] != mask_id and position not in self._confidence
+
     def length(self, mask_id: int) -> int:
         """Up to the last position that is masked or was committed; what follows is padding."""
-        is_shown = [token == mask_id or position in self._confidence for position, token in enumerate(self.ids)]
-        return max((position + 1 for position, shown in enumerate(is_shown) if shown), default=0)
+        shown = (position + 1 for position in range(len(self.ids)) if not self.is_given(position, mask_id))
+        return max(shown, default=0)
 
     def style(self, position: int) -> str:
         """Dim for the prompt and for masks."""

@@ -27,6 +27,7 @@ from dare.rollout.engine import StepEvent, denoise
 from tests.conftest import tiny_family
 
 POLICIES = typing.get_args(UnmaskPolicy)
+HAS_EMPTY_STEPS = ("independent", "capped_threshold")  # their counts are not those of an even schedule
 FAMILIES = ("llada", "sdar")
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7, 9], [3], [2, 7, 1, 8, 2, 8]]
 BASE: dict[str, Any] = {"gen_length": 12, "block_length": 4, "temperature": 1.0}
@@ -72,7 +73,7 @@ def replayed_logp(family: Family, trace: TraceBatch) -> torch.Tensor:
 # --- schedules ---
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", [policy for policy in POLICIES if policy not in HAS_EMPTY_STEPS])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_policy_fills_block_after_block(name: str, policy: str) -> None:
     steps = {} if policy in DYNAMIC_POLICIES else {"steps_per_block": 3}

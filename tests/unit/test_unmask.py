@@ -18,7 +18,7 @@ from dare.diffusion import unmask
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 POLICIES = typing.get_args(UnmaskPolicy)
-SCHEDULED = [name for name in POLICIES if name not in DYNAMIC_POLICIES]
+SCHEDULED = [name for name in POLICIES if name not in (*DYNAMIC_POLICIES, "independent", "capped_threshold")]
 
 # (score, is masked) of one row; few distinct scores, so that ties are common
 ROW = st.lists(st.tuples(st.sampled_from([0.05, 0.3, 0.5, 0.8, 0.9, 0.97, 1.0]), st.booleans()), min_size=6, max_size=6)
@@ -43,7 +43,7 @@ def ranked(row: list[tuple[float, bool]], *, is_ascending: bool = False) -> list
 def test_the_table_is_the_schema() -> None:
     assert set(unmask.POLICIES) == set(POLICIES)
     exact = {name for name in POLICIES if unmask.is_distribution_only(name)}
-    assert exact == {"max_prob", "entropy", "margin", "random", "left_to_right", "entropy_bound"}
+    assert exact == {"max_prob", "entropy", "margin", "random", "left_to_right", "independent", "entropy_bound"}
     with pytest.raises(DareError, match="did you mean 'entropy'"):
         unmask.find_policy("entrpy")
 
@@ -112,7 +112,7 @@ def test_rows_are_independent_progress_and_touch_only_masks(policy: str, rows: l
     for row, chosen in zip(rows, together, strict=True):
         masked = {k for k, (_, is_masked) in enumerate(row) if is_masked}
         assert chosen <= masked
-        assert chosen or not masked
+        assert chosen or not masked or policy == "independent"  # which may reveal nothing before the last step
 
 
 @pytest.mark.parametrize("family", ["llada", "sdar"])
@@ -137,3 +137,57 @@ def test_a_schedule_spreads_all_masks_evenly(num_masked: int, num_steps: int) ->
     assert int(quota_T.sum()) == num_masked
     assert int(quota_T.max() - quota_T.min()) <= 1
     assert torch.equal(quota_T, quota_T.sort(descending=True).values)
+
+
+# --- Dream's and Fast-dLLM's schedules
+
+
+@pytest.mark.parametrize("index", range(5))
+def test_timesteps_reveal_what_dream_reveals(index: int) -> None:
+    counts = load_file(GOLDEN / "dream" / "decode.safetensors")["prim_transfer_counts/counts"][index]
+    expected = counts[counts >= 0].tolist()
+    left, found = 12, []
+    for step in range(len(expected)):
+        quota_B, _ = unmask.due(
+            "timesteps", torch.tensor([12]), torch.tensor([left]), len(expected), torch.tensor([step])
+        )
+        found.append(int(quota_B))
+        left -= found[-1]
+    assert found == expected
+    assert left == 0
+
+
+@given(num_masked=st.integers(1, 40), num_steps=st.integers(1, 50), data=st.data())
+def test_every_schedule_reveals_everything_by_its_last_step(
+    num_masked: int, num_steps: int, data: st.DataObject
+) -> None:
+    """Also if some steps commit less than they may, as `carried` allows."""
+    for schedule in unmask.SCHEDULES:
+        left = num_masked
+        for step in range(num_steps):
+            due = unmask.due(
+                schedule, torch.tensor([num_masked]), torch.tensor([left]), num_steps, torch.tensor([step])
+            )
+            assert 0 <= int(due.quota_B) <= left
+            assert 0.0 < float(due.share_B) <= 1.0
+            is_lazy = schedule == "carried" and step < num_steps - 1
+            left -= data.draw(st.integers(0, int(due.quota_B))) if is_lazy else int(due.quota_B)
+        assert left == 0
+    with pytest.raises(DareError, match="did you mean 'even'"):
+        unmask.due("evn", torch.tensor([1]), torch.tensor([1]), 1, torch.tensor([0]))
+
+
+@given(row=ROW, quota=st.integers(0, 7))
+def test_a_capped_threshold_is_a_threshold_among_the_best(row: list[tuple[float, bool]], quota: int) -> None:
+    best = ranked(row)[: max(quota, 1)]
+    expected = {k for rank, k in enumerate(best) if rank == 0 or row[k][0] > torch.tensor(0.8)}
+    assert decide("capped_threshold", [row], [quota], threshold=0.8) == [expected]
+
+
+def test_independent_positions_compare_their_own_number_with_the_share() -> None:
+    score_BK = torch.tensor([[0.1, 0.2, 0.6, 0.1]])
+    is_masked_BK = torch.tensor([[True, True, True, False]])
+    decode, quota_B = Decode(unmask="independent"), torch.tensor([0])
+    for share, expected in ((0.15, [0]), (0.5, [0, 1]), (1.0, [0, 1, 2])):
+        chosen = unmask.commits("independent", score_BK, is_masked_BK, quota_B, decode, torch.tensor([share]))
+        assert chosen[0].nonzero()[:, 0].tolist() == expected

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dare.families.base import FamilyType
+from dare.families.base import Adoption, FamilyType
 from dare.families.dream.config import family_spec, is_dream, new_config, read_shape
 from dare.families.dream.network import DreamNetwork
 
@@ -12,4 +12,5 @@ DREAM = FamilyType(
     spec=family_spec,
     build=lambda config: DreamNetwork(read_shape(config)),
     tiny_config=new_config,
+    adopts={"qwen2": Adoption(), "llama": Adoption(zeros=("q_proj.bias", "k_proj.bias", "v_proj.bias"))},
 )

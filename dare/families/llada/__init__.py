@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dare.families.base import FamilyType
+from dare.families.base import Adoption, FamilyType
 from dare.families.llada.config import family_spec, is_llada, new_config, read_shape
-from dare.families.llada.network import LLaDANetwork
+from dare.families.llada.network import LLaDANetwork, from_llama
 
 LLADA = FamilyType(
     name="llada",
@@ -12,4 +12,5 @@ LLADA = FamilyType(
     spec=family_spec,
     build=lambda config: LLaDANetwork(read_shape(config)),
     tiny_config=new_config,
+    adopts={"llama": Adoption(from_llama)},
 )

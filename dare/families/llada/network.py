@@ -83,3 +83,25 @@ class _Block(nn.Module):
         value = self.v_proj(normed).unflatten(-1, heads)
         x_BTD = x_BTD + self.attn_out(rotary_attention(query, key, value, layer, call))
         return x_BTD + swiglu(self.ff_norm(x_BTD), self.ff_proj, self.up_proj, self.ff_out)
+
+
+_FROM_LLAMA = {
+    "model.layers.": "model.transformer.blocks.",
+    "model.embed_tokens.": "model.transformer.wte.",
+    "model.norm.": "model.transformer.ln_f.",
+    "lm_head.": "model.transformer.ff_out.",
+    ".input_layernorm.": ".attn_norm.",
+    ".post_attention_layernorm.": ".ff_norm.",
+    ".self_attn.o_proj.": ".attn_out.",
+    ".self_attn.": ".",
+    ".mlp.gate_proj.": ".ff_proj.",
+    ".mlp.up_proj.": ".up_proj.",
+    ".mlp.down_proj.": ".ff_out.",
+}
+
+
+def from_llama(name: str) -> str:
+    """The name here of a parameter of a Llama checkpoint, whose layers compute the same."""
+    for theirs, ours in _FROM_LLAMA.items():
+        name = name.replace(theirs, ours)
+    return name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dare.families.base import FamilyType
+from dare.families.base import Adoption, FamilyType
 from dare.families.sdar.config import family_spec, is_sdar, new_config, read_shape
 from dare.families.sdar.network import SDARNetwork
 
@@ -12,4 +12,5 @@ SDAR = FamilyType(
     spec=family_spec,
     build=lambda config: SDARNetwork(read_shape(config)),
     tiny_config=new_config,
+    adopts={"qwen3": Adoption()},
 )
