@@ -22,6 +22,17 @@ ALGORITHMS: dict[str, Row] = {
     "coupled_grpo": Row("dare.algorithms.coupled_grpo:CoupledGRPO", "token ratios from coupled views (DiffuCoder)"),
     "espo": Row("dare.algorithms.espo:ESPO", "sequence-level ratio of coupled ELBO estimates"),
     "cj_grpo": Row("dare.algorithms.cj_grpo:CJGRPO", "token ratios replayed along the denoising trace"),
+    "tracerl": Row(
+        "dare.algorithms.tracerl:TraceRL", "token ratios along the trace, steps shrunk, KL to the old policy"
+    ),
+    "agrpo": Row("dare.algorithms.agrpo:AGRPO", "token ratios on a weighted sample of the trace's steps"),
+    "justgrpo": Row("dare.algorithms.justgrpo:JustGRPO", "exact likelihood of left-to-right rollouts"),
+    "unigrpo": Row("dare.algorithms.unigrpo:UniGRPO", "token ratios on randomly masked completions (MMaDA)"),
+    "wd1": Row("dare.algorithms.wd1:WD1", "advantage-weighted log-likelihood without ratios"),
+    "spg": Row("dare.algorithms.spg:SPG", "lower bound of good, upper bound of bad samples"),
+    "bgpo": Row("dare.algorithms.bgpo:BGPO", "ELBO ratio per Monte-Carlo draw, linear where the advantage is positive"),
+    "ebpo": Row("dare.algorithms.ebpo:EBPO", "sequence ratio of block ELBOs (LLaDA2.1)"),
+    "gdpo": Row("dare.algorithms.gdpo:GDPO", "sequence ratio of ELBOs by Gaussian quadrature"),
 }
 
 FAMILIES: dict[str, Row] = {
