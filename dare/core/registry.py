@@ -14,6 +14,7 @@ from dare.core.errors import DareError, unknown_name
 class Row(NamedTuple):
     target: str  # "module:Name"
     summary: str
+    attention: str | None = None  # families: "full" (masked models) or "block_causal" (block models)
 
 
 ALGORITHMS: dict[str, Row] = {
@@ -36,8 +37,12 @@ ALGORITHMS: dict[str, Row] = {
 }
 
 FAMILIES: dict[str, Row] = {
-    "llada": Row("dare.families.llada:LLADA", "LLaDA 8B Base, Instruct, 1.5: masked, full attention"),
-    "sdar": Row("dare.families.sdar:SDAR", "SDAR 1.7B, 4B, 8B and TraDo: block diffusion, block-causal attention"),
+    "llada": Row("dare.families.llada:LLADA", "LLaDA 8B Base, Instruct, 1.5: masked, full attention", "full"),
+    "sdar": Row(
+        "dare.families.sdar:SDAR",
+        "SDAR 1.7B, 4B, 8B and TraDo: block diffusion, block-causal attention",
+        "block_causal",
+    ),
 }
 
 TASKS: dict[str, Row] = {

@@ -18,8 +18,9 @@ from dare.core.spec import FamilySpec
 from dare.core.types import Canvas, Views
 from dare.diffusion import blocks
 from dare.families.config import Config, ModelSizes
-from dare.families.layers.attention import KVCache
+from dare.families.layers.attention import KVCache, SharedContext, Visible
 from dare.families.layers.head import linear_logp
+from dare.families.streams import pack_streams
 
 
 class Network(nn.Module, ABC):
@@ -31,14 +32,12 @@ class Network(nn.Module, ABC):
     logit_scale: float
 
     @abstractmethod
-    def forward(
-        self, ids_BT: Tensor, position_BT: Tensor, visible: Tensor | None, cache: KVCache | None = None
-    ) -> Tensor:
+    def forward(self, ids_BT: Tensor, position_BT: Tensor, visible: Visible, cache: KVCache | None = None) -> Tensor:
         """Hidden states [B, T, D] after the final norm.
 
         position_BT  rotary position of each token
         visible      bool, broadcastable to [B, 1, T, K]; None = everything is visible. K = T without a cache,
-                     else the number of slots of the cache
+                     else the number of slots of the cache. Or the masks of several noisy streams, for `attend`
         cache        keys and values of this call are written at slot = position before attention reads all
                      slots; a slot that is overwritten later simply holds the later value
         """
@@ -176,7 +175,8 @@ class Family:
         canvas  R rows: row r lays out view r
 
         Full attention: one forward of the noisy canvas. Block-causal: one forward of [noisy | context], which
-        scores every block given the context's blocks before it (BD3-LM, Arriola et al. 2025, section 3.2).
+        scores every block given the context's blocks before it (BD3-LM, Arriola et al. 2025, section 3.2); views of
+        one sample share the context's stream where that saves tokens (`streams.py`).
         Logits exist only at targets, one chunk at a time.
         """
         if views.noisy_RS.shape != canvas.input_BS.shape:
@@ -191,9 +191,8 @@ class Family:
         position_RS = blocks.positions(is_real_RS)
         if canvas.is_blockwise:
             context_RS = views.context_RS[:, :length].to(self.device)
-            visible = blocks.two_stream_mask(canvas.block_BS[:, :length].to(self.device), is_real_RS)
-            both = self.hidden(torch.cat([noisy_RS, context_RS], dim=1), position_RS.repeat(1, 2), visible)
-            hidden_RSD = both[:, :length]
+            block_RS = canvas.block_BS[:, :length].to(self.device)
+            hidden_RSD = self._noisy_hidden(views, noisy_RS, context_RS, position_RS, block_RS, is_real_RS)
         else:
             hidden_RSD = self.hidden(noisy_RS, position_RS, blocks.full_mask(is_real_RS))
         target_N = views.target_RS[:, :length].to(self.device)[is_target_RS]
@@ -204,9 +203,27 @@ class Family:
         row_N, column_N = is_target_RS.nonzero(as_tuple=True)
         return logp_RS.index_put((row_N, column_N), logp_N)
 
-    def hidden(
-        self, ids_BT: Tensor, position_BT: Tensor, visible: Tensor | None, cache: KVCache | None = None
+    def _noisy_hidden(
+        self,
+        views: Views,
+        noisy_RS: Tensor,
+        context_RS: Tensor,
+        position_RS: Tensor,
+        block_RS: Tensor,
+        is_real_RS: Tensor,
     ) -> Tensor:
+        """[R, S, D]: hidden states of each noisy stream, read beside its clean context."""
+        pack = pack_streams(views.sample_R.to(self.device), context_RS)
+        if pack is None:
+            visible = blocks.two_stream_mask(block_RS, is_real_RS)
+            both = self.hidden(torch.cat([noisy_RS, context_RS], dim=1), position_RS.repeat(1, 2), visible)
+            return both[:, : noisy_RS.shape[1]]
+        first = pack.first_G
+        shared = SharedContext(pack.num_streams, *blocks.shared_context_masks(block_RS[first], is_real_RS[first]))
+        position_GT = position_RS[first].repeat(1, pack.num_streams + 1)
+        return pack.views_of(self.hidden(pack.ids(noisy_RS, context_RS), position_GT, shared))
+
+    def hidden(self, ids_BT: Tensor, position_BT: Tensor, visible: Visible, cache: KVCache | None = None) -> Tensor:
         """Hidden states [B, T, D] after the final norm; see `Network.forward`."""
         hidden_BTD: Tensor = self.network(ids_BT, position_BT, visible, cache)
         return hidden_BTD

@@ -52,12 +52,49 @@ class KVCache:
         return chosen
 
 
-def attend(query_BHTd: Tensor, key_BHKd: Tensor, value_BHKd: Tensor, visible: Tensor | None) -> Tensor:
+@dataclass(frozen=True)
+class SharedContext:
+    """What queries see in the input [clean | noisy_1 .. noisy_K]; masks of `blocks.shared_context_masks`.
+
+    clean_B1SS  the clean stream on itself
+    noisy_B1SC  each noisy stream on [clean | itself], C = 2S
+    """
+
+    num_streams: int
+    clean_B1SS: Tensor
+    noisy_B1SC: Tensor
+
+
+Visible = Tensor | SharedContext | None  # a mask, broadcastable to [B, 1, T, K]; None = everything
+
+
+def attend(query_BHTd: Tensor, key_BHKd: Tensor, value_BHKd: Tensor, visible: Visible) -> Tensor:
     """Scaled dot-product attention [B, H, T, hd]; grouped key/value heads are repeated as needed."""
+    if isinstance(visible, SharedContext):
+        return _attend_shared(query_BHTd, key_BHKd, value_BHKd, visible)
     is_grouped = query_BHTd.shape[1] != key_BHKd.shape[1]
     return functional.scaled_dot_product_attention(
         query_BHTd, key_BHKd, value_BHKd, attn_mask=visible, enable_gqa=is_grouped
     )
+
+
+def _attend_shared(query_BHTd: Tensor, key_BHTd: Tensor, value_BHTd: Tensor, shared: SharedContext) -> Tensor:
+    """Each noisy stream as a row of its own that reads the clean keys, so no query meets another stream's keys."""
+    length = shared.clean_B1SS.shape[-1]
+    clean_BHSd = [value[:, :, :length] for value in (query_BHTd, key_BHTd, value_BHTd)]
+    query_NHSd, key_NHSd, value_NHSd = (
+        value[:, :, length:].unflatten(2, (shared.num_streams, length)).transpose(1, 2).flatten(0, 1)
+        for value in (query_BHTd, key_BHTd, value_BHTd)
+    )
+    _, key_BHSd, value_BHSd = (value.repeat_interleave(shared.num_streams, 0) for value in clean_BHSd)
+    noisy_NHSd = attend(
+        query_NHSd,
+        torch.cat([key_BHSd, key_NHSd], dim=2),
+        torch.cat([value_BHSd, value_NHSd], dim=2),
+        shared.noisy_B1SC.repeat_interleave(shared.num_streams, 0),
+    )
+    noisy_BHTd = noisy_NHSd.unflatten(0, (-1, shared.num_streams)).transpose(1, 2).flatten(2, 3)
+    return torch.cat([attend(*clean_BHSd, shared.clean_B1SS), noisy_BHTd], dim=2)
 
 
 @dataclass(frozen=True)
@@ -66,7 +103,7 @@ class AttentionCall:
 
     position_BT: Tensor
     turn: Rotation
-    visible: Tensor | None
+    visible: Visible
     cache: KVCache | None
 
 
