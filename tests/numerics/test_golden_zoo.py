@@ -1,4 +1,4 @@
-"""The other algorithms of the stored set: advantages, views, losses, gradients and log-probs of the authors' public code."""
+"""The other algorithms of the stored set: advantages, views, losses, gradients, log-probs of the authors' code."""
 
 from __future__ import annotations
 
@@ -209,9 +209,7 @@ def tracerl_case(name: str) -> tuple[Case, Views, TraceRL]:
     advantage_B = torch.zeros(len(input_BS))
     advantage_B[row_R] = tensors["advantages"]
     tensors["advantages"] = advantage_B
-    samples = case.build(
-        input_BS[:, :num_prompt], input_BS[:, num_prompt:], is_answer_BL, is_real_BS, tensors["step_map"]
-    )
+    case.build(input_BS[:, :num_prompt], input_BS[:, num_prompt:], is_answer_BL, is_real_BS, tensors["step_map"])
     if facts["model"] == "sdar":
         noisy_RS = torch.cat([input_BS[row_R, :num_prompt], tensors["extended_input_ids"][:, -width:]], dim=1)
     else:

@@ -1,4 +1,4 @@
-"""Several noisy streams on one clean stream: the numbers and gradients of separate two-stream passes, in fewer tokens."""
+"""Several noisy streams on one clean stream: the numbers and gradients of separate passes, in fewer tokens."""
 
 from __future__ import annotations
 
