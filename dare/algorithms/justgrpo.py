@@ -64,4 +64,4 @@ class JustGRPO(PolicyAlgorithm[JustGRPOOptions]):
             return Loss(reduce.masked_mean(item_RS, is_target_RS), metrics)
         length_R = samples.canvas.is_completion_BS.sum(-1)[views.sample_R]
         total = reduce.divide((item_RS * is_target_RS).sum(-1), length_R).sum()
-        return Loss(reduce.divide(total, (samples.advantage_B != 0).sum() + 1e-5), metrics)
+        return Loss(reduce.divide(total, (samples.advantage_B != 0).sum().double() + 1e-5), metrics)

@@ -34,13 +34,15 @@ class StreamPack:
 
     def views_of(self, hidden_GTD: Tensor) -> Tensor:
         """[R, S, D]: the hidden states of each view's noisy stream."""
-        streams_GKSD = hidden_GTD.unflatten(1, (self.num_streams + 1, -1))[:, 1:]
-        return streams_GKSD.flatten(0, 1)[self.slot_R]
+        num_samples, width, size = hidden_GTD.shape
+        length = width // (self.num_streams + 1)
+        streams_NSD = hidden_GTD[:, length:].reshape(num_samples * self.num_streams, length, size)
+        return streams_NSD[self.slot_R]
 
 
 def pack_streams(sample_R: Tensor, context_RS: Tensor) -> StreamPack | None:
     """The packing of these views, or None where it saves no tokens or views of a sample differ in their context."""
-    _, group_R = sample_R.unique(return_inverse=True)
+    _, group_R = torch.unique(sample_R, return_inverse=True)
     count_G = torch.bincount(group_R)
     num_streams = int(count_G.max()) if len(count_G) else 0
     if len(count_G) * (num_streams + 1) >= 2 * len(sample_R):

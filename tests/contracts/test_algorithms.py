@@ -148,7 +148,9 @@ def test_order_and_padding_change_nothing(
         samples = samples_of(family, rows, num_padding=num_padding)
         views = algorithm.corrupt(samples, Key(5))
         loss, grad_RS = loss_of(algorithm, logp_of(family, views, samples), views, samples)
-        results.append((float(loss.value.detach()), float(grad_RS.norm()), {k: m.mean for k, m in loss.metrics.items()}))
+        results.append(
+            (float(loss.value.detach()), float(grad_RS.norm()), {k: m.mean for k, m in loss.metrics.items()})
+        )
     value, norm, metrics = results[0]
     for other_value, other_norm, other_metrics in results[1:]:
         assert other_value == pytest.approx(value, rel=1e-5, abs=1e-6)

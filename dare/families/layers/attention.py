@@ -80,21 +80,24 @@ def attend(query_BHTd: Tensor, key_BHKd: Tensor, value_BHKd: Tensor, visible: Vi
 
 def _attend_shared(query_BHTd: Tensor, key_BHTd: Tensor, value_BHTd: Tensor, shared: SharedContext) -> Tensor:
     """Each noisy stream as a row of its own that reads the clean keys, so no query meets another stream's keys."""
-    length = shared.clean_B1SS.shape[-1]
-    clean_BHSd = [value[:, :, :length] for value in (query_BHTd, key_BHTd, value_BHTd)]
-    query_NHSd, key_NHSd, value_NHSd = (
-        value[:, :, length:].unflatten(2, (shared.num_streams, length)).transpose(1, 2).flatten(0, 1)
-        for value in (query_BHTd, key_BHTd, value_BHTd)
-    )
-    _, key_BHSd, value_BHSd = (value.repeat_interleave(shared.num_streams, 0) for value in clean_BHSd)
-    noisy_NHSd = attend(
-        query_NHSd,
-        torch.cat([key_BHSd, key_NHSd], dim=2),
-        torch.cat([value_BHSd, value_NHSd], dim=2),
-        shared.noisy_B1SC.repeat_interleave(shared.num_streams, 0),
-    )
-    noisy_BHTd = noisy_NHSd.unflatten(0, (-1, shared.num_streams)).transpose(1, 2).flatten(2, 3)
-    return torch.cat([attend(*clean_BHSd, shared.clean_B1SS), noisy_BHTd], dim=2)
+    num_streams, length = shared.num_streams, shared.clean_B1SS.shape[-1]
+
+    def clean(value_BHTd: Tensor) -> Tensor:
+        return value_BHTd[:, :, :length]
+
+    def streams(value_BHTd: Tensor) -> Tensor:
+        batch, heads, _, size = value_BHTd.shape
+        split = value_BHTd[:, :, length:].reshape(batch, heads, num_streams, length, size)
+        return split.transpose(1, 2).flatten(0, 1)
+
+    def both(value_BHTd: Tensor) -> Tensor:
+        return torch.cat([clean(value_BHTd).repeat_interleave(num_streams, 0), streams(value_BHTd)], dim=2)
+
+    clean_BHSd = attend(clean(query_BHTd), clean(key_BHTd), clean(value_BHTd), shared.clean_B1SS)
+    visible_N1SC = shared.noisy_B1SC.repeat_interleave(num_streams, 0)
+    noisy_NHSd = attend(streams(query_BHTd), both(key_BHTd), both(value_BHTd), visible_N1SC)
+    noisy_BKHSd = noisy_NHSd.reshape(len(query_BHTd), num_streams, *noisy_NHSd.shape[1:])
+    return torch.cat([clean_BHSd, noisy_BKHSd.transpose(1, 2).flatten(2, 3)], dim=2)
 
 
 @dataclass(frozen=True)
