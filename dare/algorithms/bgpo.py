@@ -29,7 +29,8 @@ class BGPOOptions(PolicyOptions):
         "sequence", description="mean over samples, or weighted by their scored tokens"
     )
     variant: Literal["clean", "faithful"] = Field(
-        "clean", description="faithful: on masked models log-ratios are divided by the whole completion's length"
+        "clean",
+        description="faithful: rounded mask counts; masked models divide log-ratios by the whole completion's length",
     )
 
 
@@ -43,9 +44,9 @@ class BGPO(PolicyAlgorithm[BGPOOptions]):
 
     The clip per view is the public re-implementation's; the paper's bound has none. faithful divides by the padded
     width of the completion on masked models, as that code does (its block models use the sample's own length), and
-    with `norm: token` weighs samples by length. Not reproduced: exp(log(1 + d)), NaN for d <= -1; a KL that compares
-    one draw with the reference's mean; counts rounded half to even, which skip values; the tail removed from the input
-    (here masked or scored).
+    rounds evenly spread counts half to even, which skips some; `norm: token` weighs samples by length, as there. Not
+    reproduced: exp(log(1 + d)), NaN for d <= -1; a KL that compares one draw with the reference's mean; the tail
+    removed from the input (here masked or scored).
     """
 
     Config = BGPOOptions
@@ -56,6 +57,7 @@ class BGPO(PolicyAlgorithm[BGPOOptions]):
             key,
             num_views=self.options.num_mc,
             scope=corrupt.completion_scope(samples, self.options.tail),
+            is_rounded=self.options.variant == "faithful",
             temperature=self.temperature(samples),
         )
 

@@ -25,6 +25,7 @@ from dare.core.errors import DareError
 from dare.core.lazy import torch
 from dare.core.rng import Key
 from dare.core.types import Samples, Views
+from dare.diffusion.counts import rounded_counts, stratified_counts
 from dare.diffusion.schedule import ScheduleName, find_schedule, spread_time
 
 if TYPE_CHECKING:
@@ -177,6 +178,7 @@ def exact_count(
     num_views: int,
     lowest: Literal[0, 1] = 1,
     scope: Scope | None = None,
+    is_rounded: bool = False,
     temperature: float = 1.0,
 ) -> Views:
     """`num_views` views per sample, each with exactly l of the n positions of a unit masked.
@@ -184,9 +186,10 @@ def exact_count(
     l is uniform on {lowest..n}, stratified over the views of the sample (`stratified_counts`); weight
     (n + 1 - lowest) / l / num_views. The sum over a sample's views is an unbiased estimate of its ELBO (LLaDA, Nie et
     al. 2025; ESPO starts at 0 and then one draw in n + 1 scores nothing). `scope`: default the scored positions.
+    With `is_rounded` l follows `rounded_counts`, the biased law of the public code.
     """
     scope = scored_scope(samples) if scope is None else scope
-    is_drawn_BMS, weight_BMS = _draw_counts(samples, key, scope, num_views, lowest)[:2]
+    is_drawn_BMS, weight_BMS = _draw_counts(samples, key, scope, num_views, lowest, is_rounded)[:2]
     return scoped_views(samples, scope, is_drawn_BMS, weight_BMS, temperature)
 
 
@@ -252,18 +255,6 @@ def step_ranks(step_map_BS: Tensor, unit_BS: Tensor) -> Tensor:
     return torch.empty((len(rank_BS), length), dtype=torch.int64, device=rank_BS.device).scatter(-1, order_BS, rank_BS)
 
 
-def stratified_counts(uniform: Tensor, size: Tensor, num_views: int, lowest: int, view: Tensor) -> Tensor:
-    """int64: the mask count of view j, lowest + ((l0 + floor(j C / N)) mod C), with C = size + 1 - lowest values.
-
-    l0 = floor(uniform * C) is common to the N views. Offsets are integers, so every view's own law is exactly uniform
-    on {lowest..size}. Rounding evenly spaced reals half to even, as LLaDA's evaluation, ESPO and VRPO do, skips counts
-    wherever an offset ends in .5.
-    """
-    num_counts = size + 1 - lowest
-    first = (uniform * num_counts).floor().long()
-    return lowest + (first + view * num_counts // num_views) % num_counts
-
-
 def assemble(
     samples: Samples,
     is_masked_BMS: Tensor,
@@ -316,7 +307,7 @@ def _with_complement(is_drawn_BMS: Tensor, weight_BMS: Tensor) -> tuple[Tensor, 
 
 
 def _draw_counts(
-    samples: Samples, key: Key, scope: Scope, num_views: int, lowest: int
+    samples: Samples, key: Key, scope: Scope, num_views: int, lowest: int, is_rounded: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """is_drawn_BMS; the weight C / l / N of a drawn position and C / (n - l) / N of a position that is not."""
     unit_BS = unit_of(samples)
@@ -324,7 +315,8 @@ def _draw_counts(
     view_1M1 = torch.arange(num_views, device=unit_BS.device)[None, :, None]
     uniform_BS = key.fold("count").uniform(samples.sample_id_B[:, None], unit_BS)
     size_B1S = size_BS.clamp(min=1)[:, None]
-    count_BMS = stratified_counts(uniform_BS[:, None], size_B1S, num_views, lowest, view_1M1)
+    law = rounded_counts if is_rounded else stratified_counts
+    count_BMS = law(uniform_BS[:, None], size_B1S, num_views, lowest, view_1M1)
     rank_BMS = random_ranks(samples, key.fold("mask"), scope.is_maskable_BS, unit_BS, num_views)
     scale_B1S = (size_B1S + 1 - lowest).double() / num_views
     weight_BMS = scale_B1S / count_BMS.clamp(min=1)
