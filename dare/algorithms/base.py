@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Generic, Literal, TypeVar
 
+from dare.core.decode import Decode
 from dare.core.options import Options
 from dare.core.rng import Key
 from dare.core.types import Loss, Samples, Views
@@ -26,6 +28,8 @@ class Algorithm(ABC, Generic[OptionsT]):
     kind: ClassVar[Literal["online", "offline"]]  # trains on rollouts | on dataset rows
     needs_step_map: ClassVar[bool] = False
     is_linear: ClassVar[bool] = False  # loss is linear in logp: no scoring pass before the backward
+    # Attention kinds it cannot train ("full": masked models, "block_causal": block models), each with the reason.
+    forbidden: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, options: OptionsT) -> None:
         self.options = options
@@ -34,6 +38,18 @@ class Algorithm(ABC, Generic[OptionsT]):
     def needs_reference(self) -> bool:
         """Whether `loss` reads the frozen reference policy's log-probs."""
         return False
+
+    @property
+    def needs_old(self) -> bool:
+        """Whether `loss` reads the old policy's log-probs of views drawn for a later inner iteration."""
+        return not self.is_linear
+
+    def check_rollouts(self, decode: Decode) -> list[str]:
+        """Warnings about rollouts whose likelihood is not the one trained on.
+
+        Raises DareError for rollouts it cannot train on. No torch.
+        """
+        return []
 
     def advantages(self, reward_B: Tensor, group_B: Tensor) -> Tensor:
         """float32 [B]; offline algorithms have none."""
@@ -54,6 +70,7 @@ class Algorithm(ABC, Generic[OptionsT]):
         """The loss of the whole batch.
 
         logp_RS       float32 [R, S] with gradient; 0 where `views.is_target_RS` is False
-        old_RS        the same under the policy before this rollout's first update (no gradient)
+        old_RS        the same under the policy before this rollout's first update (no gradient); without
+                      `needs_old` whatever the engine has at hand
         reference_RS  the same under the frozen reference; None unless `needs_reference`
         """

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from dare.algorithms.policy import KL, Advantage, Beta, Epsilon, PolicyAlgorithm, PolicyOptions
+from dare.algorithms.policy import KL, Advantage, Beta, Epsilon, TraceAlgorithm, TraceOptions
 from dare.core.rng import Key
 from dare.core.types import Loss, Samples, Views
 from dare.diffusion import corrupt
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class CJGRPOOptions(PolicyOptions):
+class CJGRPOOptions(TraceOptions):
     advantage: Advantage = "mean"
     eps: Epsilon = 0.5
     beta: Beta = 0.04
@@ -26,7 +26,7 @@ class CJGRPOOptions(PolicyOptions):
     )
 
 
-class CJGRPO(PolicyAlgorithm[CJGRPOOptions]):
+class CJGRPO(TraceAlgorithm[CJGRPOOptions]):
     """One view per denoising step: the canvas before the step, scoring the tokens it committed. Ratio and KL per token.
 
     clean: tokens through the first EOS, the loss is their mean over the batch. faithful: all committed tokens, the
@@ -37,7 +37,6 @@ class CJGRPO(PolicyAlgorithm[CJGRPOOptions]):
     """
 
     Config = CJGRPOOptions
-    needs_step_map: ClassVar[bool] = True
 
     def corrupt(self, samples: Samples, key: Key) -> Views:
         is_clean = self.options.variant == "clean"
@@ -49,6 +48,7 @@ class CJGRPO(PolicyAlgorithm[CJGRPOOptions]):
     ) -> Loss:
         is_scored_RS = views.is_target_RS
         advantage_R = samples.advantage_B[views.sample_R]
+        old_RS = self.old_logp(old_RS, views, samples)
         item_RS, metrics = self.token_loss(logp_RS.double(), old_RS, reference_RS, advantage_R, is_scored_RS)
         if self.options.variant == "clean":
             value = reduce.masked_mean(item_RS, is_scored_RS)

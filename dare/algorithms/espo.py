@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from dare.algorithms.policy import KL, Advantage, Beta, Epsilon, PolicyAlgorithm, PolicyOptions
+from dare.algorithms.policy import KL, Advantage, Beta, Epsilon, PolicyAlgorithm, PolicyOptions, Tail
 from dare.core.rng import Key
 from dare.core.types import Loss, Samples, Views
-from dare.diffusion import corrupt, likelihood
-from dare.objectives import reduce
+from dare.diffusion import corrupt
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,10 +21,7 @@ class ESPOOptions(PolicyOptions):
     beta: Beta = 0.001
     kl: KL = "k2"
     num_mc: int = Field(2, ge=1, description="pairs of complementary masks per sample (Monte-Carlo draws)")
-    tail: Literal["scored", "keep_masked"] = Field(
-        "scored",
-        description="positions after the first EOS: part of the likelihood (paper), or always masked and not scored",
-    )
+    tail: Tail = "scored"
 
 
 class ESPO(PolicyAlgorithm[ESPOOptions]):
@@ -35,7 +31,8 @@ class ESPO(PolicyAlgorithm[ESPOOptions]):
     is the sum of the blocks' ELBOs. Loss: mean over samples of -PPO(exp((ELBO - ELBO_old) / L), A)
     + beta k2(ELBO - ELBO_reference) / L, L the tokens in the likelihood. The KL sees the undivided difference.
     Differences from the public code: l is stratified over the draws of a sample with integer offsets instead of over
-    the micro-batch with rounding, which skips counts; the mean is that of the whole batch; log-probs are taken at the
+    the micro-batch with rounding (a law of batch mates, so not offered); the tail is scored as there, unless `tail`
+    says otherwise; the mean is that of the whole batch; log-probs are taken at the
     rollout temperature.
     """
 
@@ -53,15 +50,13 @@ class ESPO(PolicyAlgorithm[ESPOOptions]):
     def loss(
         self, logp_RS: Tensor, old_RS: Tensor, reference_RS: Tensor | None, views: Views, samples: Samples
     ) -> Loss:
-        def elbo(view_logp_RS: Tensor) -> Tensor:
-            return likelihood.per_sequence(view_logp_RS, views.weight_RS, views.sample_R, samples.canvas.batch_size)
-
-        length_B = corrupt.completion_scope(samples, self.options.tail).is_target_BS.sum(-1)
-        new_B = elbo(logp_RS)
-        log_ratio_B = reduce.divide(new_B - elbo(old_RS), length_B)
-        loss_B, metrics = self.policy_loss(log_ratio_B, samples.advantage_B.double())
-        metrics["elbo_per_token"] = reduce.metric(reduce.divide(new_B, length_B))
-        if reference_RS is not None:
-            kl_B, metrics["kl"] = self.kl_loss(new_B - elbo(reference_RS))
-            loss_B = loss_B + reduce.divide(kl_B, length_B)
-        return Loss(reduce.mean(loss_B), metrics)
+        return self.elbo_loss(
+            logp_RS,
+            old_RS,
+            reference_RS,
+            views,
+            samples,
+            length_B=corrupt.completion_scope(samples, self.options.tail).is_target_BS.sum(-1),
+            ratio_norm="length",
+            kl_norm="length",
+        )

@@ -1,4 +1,4 @@
-"""What the algorithms that compare policies share: their options, advantages, and the clipped loss with its metrics."""
+"""What online algorithms share: advantages of a group, the clipped loss with its metrics, ELBO ratios, trace replay."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeVar
 from pydantic import Field
 
 from dare.algorithms.base import Algorithm
+from dare.core.decode import Decode
+from dare.core.errors import DareError
 from dare.core.options import Options
-from dare.core.types import Metric, Samples
+from dare.core.types import Loss, Metric, Samples, Views
+from dare.diffusion import likelihood
 from dare.objectives import reduce
 from dare.objectives.advantage import AdvantageRule, compute_advantages
 from dare.objectives.kl import KLEstimator, estimate_kl
@@ -21,34 +24,51 @@ Advantage = Annotated[AdvantageRule, Field(description="how rewards of a group b
 Epsilon = Annotated[float, Field(ge=0.0, lt=1.0, description="the ratio is clipped to [1 - eps, 1 + eps_high]")]
 Beta = Annotated[float, Field(ge=0.0, description="weight of the KL to the reference; 0 needs no reference")]
 KL = Annotated[KLEstimator, Field(description="estimator of the KL to the reference")]
+Tail = Annotated[
+    Literal["scored", "keep_masked"],
+    Field(description="positions after the first EOS: part of the likelihood, or always masked and not scored"),
+]
+RatioNorm = Annotated[
+    Literal["length", "none"], Field(description="what the sequence's log-ratio is divided by: its tokens, or nothing")
+]
 
 
-class PolicyOptions(Options):
-    """Every algorithm gives the first four their own defaults."""
+class GroupOptions(Options):
+    """Every algorithm gives the advantage its own default."""
 
     advantage: Advantage
-    eps: Epsilon
-    beta: Beta
-    kl: KL
-    eps_high: float | None = Field(None, ge=0.0, description="upper clip; default: eps")
-    dual_clip: float | None = Field(None, gt=1.0, description="cap of the ratio where the advantage is negative")
     score_temperature: Literal["rollout", "one"] = Field(
         "rollout",
         description="temperature of the scored log-probs: that of the rollout, so that the ratio is its own, or 1",
     )
 
 
+class PolicyOptions(GroupOptions):
+    """Every algorithm gives the advantage and the first three their own defaults."""
+
+    eps: Epsilon
+    beta: Beta
+    kl: KL
+    eps_high: float | None = Field(None, ge=0.0, description="upper clip; default: eps")
+    dual_clip: float | None = Field(None, gt=1.0, description="cap of the ratio where the advantage is negative")
+
+
+class TraceOptions(PolicyOptions):
+    old: Literal["scored", "rollout"] = Field(
+        "scored",
+        description="old log-probs: scored again by the trainer, or those that the rollout recorded at each commit",
+    )
+
+
+GroupOptionsT = TypeVar("GroupOptionsT", bound=GroupOptions)
 PolicyOptionsT = TypeVar("PolicyOptionsT", bound=PolicyOptions)
+TraceOptionsT = TypeVar("TraceOptionsT", bound=TraceOptions)
 
 
-class PolicyAlgorithm(Algorithm[PolicyOptionsT]):
-    """An online algorithm whose loss is -clipped surrogate + beta * KL, per token or per sequence."""
+class GroupAlgorithm(Algorithm[GroupOptionsT]):
+    """An online algorithm that compares the completions of a prompt."""
 
     kind: ClassVar[Literal["online", "offline"]] = "online"
-
-    @property
-    def needs_reference(self) -> bool:
-        return self.options.beta > 0
 
     def advantages(self, reward_B: Tensor, group_B: Tensor) -> Tensor:
         return compute_advantages(self.options.advantage, reward_B, group_B)
@@ -56,6 +76,14 @@ class PolicyAlgorithm(Algorithm[PolicyOptionsT]):
     def temperature(self, samples: Samples) -> float:
         """What the views' logits are divided by."""
         return samples.rollout_temperature if self.options.score_temperature == "rollout" else 1.0
+
+
+class PolicyAlgorithm(GroupAlgorithm[PolicyOptionsT]):
+    """An online algorithm whose loss is -clipped surrogate + beta * KL, per token or per sequence."""
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.options.beta > 0
 
     def policy_loss(
         self, log_ratio: Tensor, advantage: Tensor, is_item: Tensor | None = None
@@ -84,3 +112,77 @@ class PolicyAlgorithm(Algorithm[PolicyOptionsT]):
             kl, metrics["kl"] = self.kl_loss(new - reference, is_scored)
             item = item + kl
         return item, metrics
+
+    def elbo_loss(
+        self,
+        logp_RS: Tensor,
+        old_RS: Tensor,
+        reference_RS: Tensor | None,
+        views: Views,
+        samples: Samples,
+        *,
+        length_B: Tensor,
+        ratio_norm: Literal["length", "none"],
+        kl_norm: Literal["length", "none"],
+    ) -> Loss:
+        """The mean over samples of -PPO(exp(ELBO - ELBO_old), A) + beta KL(ELBO - ELBO_reference).
+
+        ELBO: the weighted sum over a sample's views. `length_B` (tokens in the likelihood) divides the log-ratio, and
+        the KL of the undivided difference, where the norm says so.
+        """
+
+        def elbo(view_logp_RS: Tensor) -> Tensor:
+            return likelihood.per_sequence(view_logp_RS, views.weight_RS, views.sample_R, samples.canvas.batch_size)
+
+        new_B = elbo(logp_RS)
+        log_ratio_B = new_B - elbo(old_RS)
+        if ratio_norm == "length":
+            log_ratio_B = reduce.divide(log_ratio_B, length_B)
+        loss_B, metrics = self.policy_loss(log_ratio_B, samples.advantage_B.double())
+        metrics["elbo_per_token"] = reduce.metric(reduce.divide(new_B, length_B))
+        if reference_RS is not None:
+            kl_B, metrics["kl"] = self.kl_loss(new_B - elbo(reference_RS))
+            loss_B = loss_B + (reduce.divide(kl_B, length_B) if kl_norm == "length" else kl_B)
+        return Loss(reduce.mean(loss_B), metrics)
+
+
+class TraceAlgorithm(PolicyAlgorithm[TraceOptionsT]):
+    """A policy algorithm on the log-probs of the steps that the rollout took.
+
+    What the rollout recorded at a commit is the log-prob that the trainer would score there, so with `old: rollout` a
+    rollout that is used more than once costs no scoring pass for the old policy. Condition: the same quantity, which
+    approximate caches, guidance, shrunk traces and another scoring temperature break (DareError).
+    """
+
+    needs_step_map: ClassVar[bool] = True
+
+    @property
+    def needs_old(self) -> bool:
+        return self.options.old == "scored"
+
+    def check_rollouts(self, decode: Decode) -> list[str]:
+        if self.options.old == "rollout":
+            if self.options.score_temperature != "rollout":
+                raise self._not_the_same("algorithm.score_temperature", self.options.score_temperature, "rollout")
+            if decode.cache in ("prefix", "dual"):
+                raise self._not_the_same("decode.cache", decode.cache, "auto or none")
+            if decode.cfg_scale != 0.0:
+                raise self._not_the_same("decode.cfg_scale", decode.cfg_scale, 0.0)
+        return super().check_rollouts(decode)
+
+    def old_logp(self, old_RS: Tensor, views: Views, samples: Samples) -> Tensor:
+        """[R, S]: `old_RS`, or the log-probs recorded at each commit. Raises DareError if there are none."""
+        if self.options.old == "scored":
+            return old_RS
+        if samples.rollout_logp_BS is None:
+            raise self._not_the_same("rollout log-probs", "none", "recorded at each commit")
+        return samples.rollout_logp_BS[views.sample_R] * views.is_target_RS
+
+    def _not_the_same(self, where: str, got: object, expected: object) -> DareError:
+        return DareError(
+            "the rollout's log-probs are not those that the trainer scores",
+            where=where,
+            got=got,
+            expected=expected,
+            fix="set algorithm.old: scored",
+        )

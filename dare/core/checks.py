@@ -8,20 +8,35 @@ from typing import Any
 
 from dare.core.errors import DareError
 from dare.core.recipe import Recipe
-from dare.core.registry import check_name
+from dare.core.registry import FAMILIES, check_name
 
 
 def check(recipe: Recipe) -> list[str]:
     """Warnings about doubtful settings. Raises DareError for settings that cannot work."""
     check_name("executors", recipe.executor, where="executor")
-    if recipe.model.create is not None:
-        check_name("families", recipe.model.create.family, where="model.create.family")
     algorithm = recipe.algorithm.type
+    if recipe.model.create is not None:
+        family = recipe.model.create.family
+        check_name("families", family, where="model.create.family")
+        attention = FAMILIES[family].attention if family in FAMILIES else None
+        if attention is not None:
+            check_attention(recipe.algorithm.name, algorithm, attention)
     warnings = _check_online(recipe, algorithm) if algorithm.kind == "online" else _check_offline(recipe)
     _check_blocks(recipe)
     if recipe.evaluation.num < 30 and recipe.task is not None:
         warnings.append(f"evaluation.num {recipe.evaluation.num} gives intervals too wide to compare anything")
     return warnings
+
+
+def check_attention(name: str, algorithm: Any, attention: str) -> None:
+    """Raise DareError with the reason if `algorithm` cannot train models of this attention kind."""
+    if attention in algorithm.forbidden:
+        raise DareError(
+            f"algorithm {name} cannot train this family: {algorithm.forbidden[attention]}",
+            where="algorithm.name",
+            got=f"a family with {attention} attention",
+            fix="choose another algorithm; `dare list algorithms` shows what fits",
+        )
 
 
 def _check_online(recipe: Recipe, algorithm: Any) -> list[str]:
@@ -62,7 +77,7 @@ def _check_online(recipe: Recipe, algorithm: Any) -> list[str]:
         warnings.append(f"decode.cache: {recipe.decode.cache} is approximate; rollouts differ from the trained policy")
     if recipe.decode.top_k is not None or recipe.decode.top_p is not None:
         warnings.append("top_k and top_p truncate the policy that samples, not the one that is scored")
-    return warnings
+    return warnings + list(recipe.algorithm.build().check_rollouts(recipe.decode))
 
 
 def _check_offline(recipe: Recipe) -> list[str]:

@@ -14,6 +14,7 @@ from dare.core.errors import DareError, unknown_name
 class Row(NamedTuple):
     target: str  # "module:Name"
     summary: str
+    attention: str | None = None  # families: "full" (masked models) or "block_causal" (block models)
 
 
 ALGORITHMS: dict[str, Row] = {
@@ -22,15 +23,28 @@ ALGORITHMS: dict[str, Row] = {
     "coupled_grpo": Row("dare.algorithms.coupled_grpo:CoupledGRPO", "token ratios from coupled views (DiffuCoder)"),
     "espo": Row("dare.algorithms.espo:ESPO", "sequence-level ratio of coupled ELBO estimates"),
     "cj_grpo": Row("dare.algorithms.cj_grpo:CJGRPO", "token ratios replayed along the denoising trace"),
+    "tracerl": Row(
+        "dare.algorithms.tracerl:TraceRL", "token ratios along the trace, steps shrunk, KL to the old policy"
+    ),
+    "agrpo": Row("dare.algorithms.agrpo:AGRPO", "token ratios on a weighted sample of the trace's steps"),
+    "justgrpo": Row("dare.algorithms.justgrpo:JustGRPO", "exact likelihood of left-to-right rollouts"),
+    "unigrpo": Row("dare.algorithms.unigrpo:UniGRPO", "token ratios on randomly masked completions (MMaDA)"),
+    "wd1": Row("dare.algorithms.wd1:WD1", "advantage-weighted log-likelihood without ratios"),
+    "spg": Row("dare.algorithms.spg:SPG", "lower bound of good, upper bound of bad samples"),
+    "bgpo": Row("dare.algorithms.bgpo:BGPO", "ELBO ratio per Monte-Carlo draw, linear where the advantage is positive"),
+    "ebpo": Row("dare.algorithms.ebpo:EBPO", "sequence ratio of block ELBOs (LLaDA2.1)"),
+    "gdpo": Row("dare.algorithms.gdpo:GDPO", "sequence ratio of ELBOs by Gaussian quadrature"),
 }
 
 FAMILIES: dict[str, Row] = {
-    "llada": Row("dare.families.llada:LLADA", "LLaDA 8B Base, Instruct, 1.5: masked, full attention"),
-    "llada_moe": Row("dare.families.llada_moe:LLADA_MOE", "LLaDA-MoE 7B-A1B: masked, full attention, experts"),
-    "dream": Row("dare.families.dream:DREAM", "Dream 7B, DiffuCoder, Dream-Coder: masked, full attention, shifted"),
-    "sdar": Row("dare.families.sdar:SDAR", "SDAR 1.7B, 4B, 8B and TraDo: block diffusion, block-causal attention"),
-    "sdar_moe": Row("dare.families.sdar_moe:SDAR_MOE", "SDAR 30B-A3B: block diffusion, experts"),
-    "llada2": Row("dare.families.llada2:LLADA2", "LLaDA2.0 and 2.1, mini and flash: block diffusion, experts"),
+    "llada": Row("dare.families.llada:LLADA", "LLaDA 8B Base, Instruct, 1.5: masked, full attention", "full"),
+    "llada_moe": Row("dare.families.llada_moe:LLADA_MOE", "LLaDA-MoE 7B-A1B: masked, full attention, experts", "full"),
+    "dream": Row("dare.families.dream:DREAM", "Dream 7B, DiffuCoder, Dream-Coder: masked, shifted", "full"),
+    "sdar": Row("dare.families.sdar:SDAR", "SDAR 1.7B, 4B, 8B and TraDo: block diffusion", "block_causal"),
+    "sdar_moe": Row("dare.families.sdar_moe:SDAR_MOE", "SDAR 30B-A3B: block diffusion, experts", "block_causal"),
+    "llada2": Row(
+        "dare.families.llada2:LLADA2", "LLaDA2.0 and 2.1, mini and flash: block diffusion, experts", "block_causal"
+    ),
 }
 
 TASKS: dict[str, Row] = {

@@ -63,6 +63,21 @@ def two_stream_mask(block_BS: Tensor, is_real_BS: Tensor) -> Tensor:
     return _finish(visible, is_real_BS.repeat(1, 2))
 
 
+def shared_context_masks(block_BS: Tensor, is_real_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """The masks of `two_stream_mask` taken apart, for several noisy streams that share a clean one.
+
+    [B, 1, S, S]   clean queries on clean keys: same or earlier blocks
+    [B, 1, S, 2S]  noisy queries on [clean | own noisy] keys: earlier blocks | same block
+
+    A noisy stream sees no other noisy stream. Padding sees itself.
+    """
+    query, key = block_BS[:, :, None], block_BS[:, None, :]
+    is_pair_BSS = is_real_BS[:, :, None] & is_real_BS[:, None, :]
+    own_BSS = torch.eye(block_BS.shape[1], dtype=torch.bool, device=block_BS.device) & ~is_real_BS[:, :, None]
+    noisy = torch.cat([(query > key) & is_pair_BSS, ((query == key) & is_pair_BSS) | own_BSS], dim=-1)
+    return block_causal_mask(block_BS, is_real_BS), noisy[:, None]
+
+
 def _finish(visible_BTT: Tensor, is_real_BT: Tensor) -> Tensor:
     """Hide padding; let each padded query see itself, because a softmax over nothing is NaN."""
     visible = visible_BTT & is_real_BT[:, None, :] & is_real_BT[:, :, None]

@@ -25,6 +25,7 @@ from dare.core.errors import DareError
 from dare.core.lazy import torch
 from dare.core.rng import Key
 from dare.core.types import Samples, Views
+from dare.diffusion.counts import rounded_counts, stratified_counts
 from dare.diffusion.schedule import ScheduleName, find_schedule, spread_time
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def all_masked(samples: Samples, key: Key, *, prompt_noise: float = 0.0, tempera
     """
     canvas = samples.canvas
     is_completion_BMS = canvas.is_completion_BS[:, None]
-    uniform_BMS = _uniform(samples, key.fold("prompt"), num_views=1)
+    uniform_BMS = position_uniform(samples, key.fold("prompt"), num_views=1)
     is_prompt_BMS = (canvas.is_real_BS & ~canvas.is_completion_BS)[:, None]
     return assemble(
         samples,
@@ -95,25 +96,29 @@ def bernoulli(
     num_views: int,
     schedule: ScheduleName = "linear",
     t_min: float = 1e-3,
+    t_max: float = 1.0,
     is_time_per_block: bool = True,
     is_stratified: bool = True,
+    scope: Scope | None = None,
     temperature: float = 1.0,
 ) -> Views:
-    """`num_views` views per sample: t uniform on [t_min, 1), each scored position masked with probability 1 - alpha(t).
+    """`num_views` views per sample: t uniform on [t_min, t_max), each scored token masked with p = 1 - alpha(t).
 
-    Weight w(t) / num_views: the sum over a sample's views estimates its ELBO up to a relative bias O(t_min).
+    Weight w(t) / num_views: with t_max = 1 the sum over a sample's views estimates its ELBO up to a relative bias
+    O(t_min).
 
     is_time_per_block  blockwise samples: one t per block (BD3-LM) instead of one per sample (SDAR)
     is_stratified      the times of a sample's views are evenly spaced from a common random start, modulo 1, so that
                        each view's own law stays uniform. BD3-LM spreads them over the batch instead, which ties a
                        block's noise level to its row
+    scope              what may be masked and scored; default: the scored positions
     """
-    scope = scored_scope(samples)
+    scope = scored_scope(samples) if scope is None else scope
     shares_BMS = _time_shares(samples, key, scope, num_views, is_time_per_block, is_stratified)
-    t_BMS = spread_time(shares_BMS, t_min)
+    t_BMS = spread_time(shares_BMS, t_min, t_max)
     noise = find_schedule(schedule)
-    is_drawn_BMS = _uniform(samples, key.fold("mask"), num_views) < noise.mask_probability(t_BMS)
-    return _views(samples, scope, is_drawn_BMS, noise.loss_weight(t_BMS) / num_views, temperature)
+    is_drawn_BMS = position_uniform(samples, key.fold("mask"), num_views) < noise.mask_probability(t_BMS)
+    return scoped_views(samples, scope, is_drawn_BMS, noise.loss_weight(t_BMS) / num_views, temperature)
 
 
 def complementary_bernoulli(
@@ -134,9 +139,9 @@ def complementary_bernoulli(
     scope = scored_scope(samples)
     shares_BMS = _time_shares(samples, key, scope, num_pairs, is_time_per_block, is_stratified)
     t_BMS = spread_time(shares_BMS, t_min, 1.0 - t_min)
-    is_drawn_BMS = _uniform(samples, key.fold("mask"), num_pairs) < t_BMS
+    is_drawn_BMS = position_uniform(samples, key.fold("mask"), num_pairs) < t_BMS
     weight_BMS = 0.5 / num_pairs / torch.where(is_drawn_BMS, t_BMS, 1.0 - t_BMS)
-    return _views(samples, scope, *_with_complement(is_drawn_BMS, weight_BMS), temperature)
+    return scoped_views(samples, scope, *_with_complement(is_drawn_BMS, weight_BMS), temperature)
 
 
 def coupled_bernoulli(
@@ -157,27 +162,35 @@ def coupled_bernoulli(
     scope = completion_scope(samples, "corrupted")
     shares_BMS = _time_shares(samples, key, scope, num_pairs, is_time_per_block=False, is_stratified=False)
     t_BMS = spread_time(shares_BMS, t_min, t_max)
-    is_drawn_BMS = _uniform(samples, key.fold("mask"), num_pairs) < t_BMS
+    is_drawn_BMS = position_uniform(samples, key.fold("mask"), num_pairs) < t_BMS
     pair_weight_BMS = weight / torch.where(is_drawn_BMS, t_BMS, 1.0 - t_BMS)
     is_pair_BMS, pair_weight_BMS = _with_complement(is_drawn_BMS, pair_weight_BMS)
     is_all_B1S = torch.ones_like(is_pair_BMS[:, :1])
     full_weight_B1S = torch.full_like(pair_weight_BMS[:, :1], weight)
     is_drawn_BMS = torch.cat([is_all_B1S, is_pair_BMS], dim=1)
-    return _views(samples, scope, is_drawn_BMS, torch.cat([full_weight_B1S, pair_weight_BMS], dim=1), temperature)
+    return scoped_views(samples, scope, is_drawn_BMS, torch.cat([full_weight_B1S, pair_weight_BMS], dim=1), temperature)
 
 
 def exact_count(
-    samples: Samples, key: Key, *, num_views: int, lowest: Literal[0, 1] = 1, temperature: float = 1.0
+    samples: Samples,
+    key: Key,
+    *,
+    num_views: int,
+    lowest: Literal[0, 1] = 1,
+    scope: Scope | None = None,
+    is_rounded: bool = False,
+    temperature: float = 1.0,
 ) -> Views:
-    """`num_views` views per sample, each with exactly l of the n scored positions of a unit masked.
+    """`num_views` views per sample, each with exactly l of the n positions of a unit masked.
 
     l is uniform on {lowest..n}, stratified over the views of the sample (`stratified_counts`); weight
     (n + 1 - lowest) / l / num_views. The sum over a sample's views is an unbiased estimate of its ELBO (LLaDA, Nie et
-    al. 2025; ESPO starts at 0 and then one draw in n + 1 scores nothing).
+    al. 2025; ESPO starts at 0 and then one draw in n + 1 scores nothing). `scope`: default the scored positions.
+    With `is_rounded` l follows `rounded_counts`, the biased law of the public code.
     """
-    scope = scored_scope(samples)
-    is_drawn_BMS, weight_BMS = _draw_counts(samples, key, scope, num_views, lowest)[:2]
-    return _views(samples, scope, is_drawn_BMS, weight_BMS, temperature)
+    scope = scored_scope(samples) if scope is None else scope
+    is_drawn_BMS, weight_BMS = _draw_counts(samples, key, scope, num_views, lowest, is_rounded)[:2]
+    return scoped_views(samples, scope, is_drawn_BMS, weight_BMS, temperature)
 
 
 def coupled_exact_count(samples: Samples, key: Key, *, num_pairs: int, scope: Scope, temperature: float = 1.0) -> Views:
@@ -188,22 +201,25 @@ def coupled_exact_count(samples: Samples, key: Key, *, num_pairs: int, scope: Sc
     """
     is_drawn_BMS, weight_BMS, rest_weight_BMS = _draw_counts(samples, key, scope, num_pairs, lowest=0)
     pair_weight_BMS = 0.5 * torch.where(is_drawn_BMS, weight_BMS, rest_weight_BMS)
-    return _views(samples, scope, *_with_complement(is_drawn_BMS, pair_weight_BMS), temperature)
+    return scoped_views(samples, scope, *_with_complement(is_drawn_BMS, pair_weight_BMS), temperature)
 
 
-def trace_replay(samples: Samples, is_target_BS: Tensor, *, temperature: float = 1.0) -> Views:
+def trace_replay(samples: Samples, is_target_BS: Tensor, *, shrink: int = 1, temperature: float = 1.0) -> Views:
     """One view per denoising step of a unit: what the rollout saw before the step, scoring what the step committed.
 
     Step r of every block is replayed in the same view, as blocks are independent given the clean blocks before them.
     View r masks what was committed in step r or later, or never. Each position of `is_target_BS` (bool [B, S]) that
     was sampled is a target of exactly one view, weight 1; views without a target are left out. `view_R` is r.
+    `shrink` > 1 replays that many consecutive steps of a unit as one (TraceRL, Wang et al. 2025): fewer views, whose
+    log-probs are no longer those of the rollout.
     Raises DareError for samples without a step map.
     """
     if samples.step_map_BS is None:
         raise DareError(
             "these samples have no step map", expected="rollouts", fix="train on rollouts, not dataset rows"
         )
-    rank_BS = step_ranks(samples.step_map_BS, _unit_of(samples))
+    rank_BS = step_ranks(samples.step_map_BS, unit_of(samples))
+    rank_BS = torch.where(rank_BS < 0, rank_BS, rank_BS // shrink)
     num_steps = int(rank_BS.max()) + 1
     step_1M1 = torch.arange(num_steps, device=rank_BS.device)[None, :, None]
     is_target_BMS = (rank_BS[:, None] == step_1M1) & is_target_BS[:, None]
@@ -237,18 +253,6 @@ def step_ranks(step_map_BS: Tensor, unit_BS: Tensor) -> Tensor:
     first_BS = torch.where(is_first_BS, index_BS, 0).cummax(-1).values
     rank_BS = torch.where(label_BS < 0, -1, index_BS - first_BS)
     return torch.empty((len(rank_BS), length), dtype=torch.int64, device=rank_BS.device).scatter(-1, order_BS, rank_BS)
-
-
-def stratified_counts(uniform: Tensor, size: Tensor, num_views: int, lowest: int, view: Tensor) -> Tensor:
-    """int64: the mask count of view j, lowest + ((l0 + floor(j C / N)) mod C), with C = size + 1 - lowest values.
-
-    l0 = floor(uniform * C) is common to the N views. Offsets are integers, so every view's own law is exactly uniform
-    on {lowest..size}. Rounding evenly spaced reals half to even, as LLaDA's evaluation, ESPO and VRPO do, skips counts
-    wherever an offset ends in .5.
-    """
-    num_counts = size + 1 - lowest
-    first = (uniform * num_counts).floor().long()
-    return lowest + (first + view * num_counts // num_views) % num_counts
 
 
 def assemble(
@@ -289,7 +293,7 @@ def assemble(
     )
 
 
-def _views(samples: Samples, scope: Scope, is_drawn_BMS: Tensor, weight_BMS: Tensor, temperature: float) -> Views:
+def scoped_views(samples: Samples, scope: Scope, is_drawn_BMS: Tensor, weight_BMS: Tensor, temperature: float) -> Views:
     is_masked_BMS = is_drawn_BMS & scope.is_maskable_BS[:, None]
     is_target_BMS = is_masked_BMS & scope.is_target_BS[:, None]
     is_masked_BMS = is_masked_BMS | scope.is_hidden_BS[:, None]
@@ -303,29 +307,37 @@ def _with_complement(is_drawn_BMS: Tensor, weight_BMS: Tensor) -> tuple[Tensor, 
 
 
 def _draw_counts(
-    samples: Samples, key: Key, scope: Scope, num_views: int, lowest: int
+    samples: Samples, key: Key, scope: Scope, num_views: int, lowest: int, is_rounded: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """is_drawn_BMS; the weight C / l / N of a drawn position and C / (n - l) / N of a position that is not."""
-    unit_BS = _unit_of(samples)
-    size_BS, start_BS = _unit_sizes(unit_BS, scope.is_maskable_BS)
+    unit_BS = unit_of(samples)
+    size_BS, _ = unit_sizes(unit_BS, scope.is_maskable_BS)
     view_1M1 = torch.arange(num_views, device=unit_BS.device)[None, :, None]
     uniform_BS = key.fold("count").uniform(samples.sample_id_B[:, None], unit_BS)
     size_B1S = size_BS.clamp(min=1)[:, None]
-    count_BMS = stratified_counts(uniform_BS[:, None], size_B1S, num_views, lowest, view_1M1)
-    # The l smallest of n uniforms are a uniform random set of size l.
-    label_BMS = torch.where(
-        scope.is_maskable_BS[:, None], unit_BS[:, None] + _uniform(samples, key.fold("mask"), num_views), torch.inf
-    )
-    order_BMS = label_BMS.argsort(dim=-1, stable=True)
-    index_BMS = torch.arange(order_BMS.shape[-1], device=unit_BS.device).expand_as(order_BMS)
-    rank_BMS = torch.empty_like(order_BMS).scatter(-1, order_BMS, index_BMS) - start_BS[:, None]
+    law = rounded_counts if is_rounded else stratified_counts
+    count_BMS = law(uniform_BS[:, None], size_B1S, num_views, lowest, view_1M1)
+    rank_BMS = random_ranks(samples, key.fold("mask"), scope.is_maskable_BS, unit_BS, num_views)
     scale_B1S = (size_B1S + 1 - lowest).double() / num_views
     weight_BMS = scale_B1S / count_BMS.clamp(min=1)
     rest_weight_BMS = scale_B1S / (size_B1S - count_BMS).clamp(min=1)
     return rank_BMS < count_BMS, weight_BMS, rest_weight_BMS
 
 
-def _unit_of(samples: Samples) -> Tensor:
+def random_ranks(samples: Samples, key: Key, is_maskable_BS: Tensor, unit_BS: Tensor, num_views: int) -> Tensor:
+    """int64 [B, M, S]: the place of each maskable position in a uniform random order of its unit; from 0.
+
+    Masking the places below l masks a uniform random set of l positions. What is not maskable comes last.
+    """
+    uniform_BMS = position_uniform(samples, key, num_views)
+    label_BMS = torch.where(is_maskable_BS[:, None], unit_BS[:, None] + uniform_BMS, torch.inf)
+    order_BMS = label_BMS.argsort(dim=-1, stable=True)
+    index_BMS = torch.arange(order_BMS.shape[-1], device=unit_BS.device).expand_as(order_BMS)
+    _, start_BS = unit_sizes(unit_BS, is_maskable_BS)
+    return torch.empty_like(order_BMS).scatter(-1, order_BMS, index_BMS) - start_BS[:, None]
+
+
+def unit_of(samples: Samples) -> Tensor:
     """int64 [B, S]: the unit of each completion position; 0 outside (where it is never used)."""
     block_BS = samples.canvas.block_BS
     if not samples.canvas.is_blockwise:
@@ -333,7 +345,7 @@ def _unit_of(samples: Samples) -> Tensor:
     return torch.where(samples.canvas.is_completion_BS, block_BS, 0)
 
 
-def _unit_sizes(unit_BS: Tensor, is_maskable_BS: Tensor) -> tuple[Tensor, Tensor]:
+def unit_sizes(unit_BS: Tensor, is_maskable_BS: Tensor) -> tuple[Tensor, Tensor]:
     """int64 [B, S] each: maskable positions in the position's own unit, and in all units before it."""
     num_units = int(unit_BS.max()) + 1
     zero_BU = torch.zeros((len(unit_BS), num_units), dtype=torch.int64, device=unit_BS.device)
@@ -347,7 +359,7 @@ def _time_shares(
 ) -> Tensor:
     """float64 [B, M, S] in [0, 1): uniform for each unit and view, equal within a unit."""
     unit_B1S = (
-        _unit_of(samples)[:, None] if is_time_per_block else torch.zeros_like(scope.is_maskable_BS).long()[:, None]
+        unit_of(samples)[:, None] if is_time_per_block else torch.zeros_like(scope.is_maskable_BS).long()[:, None]
     )
     sample_id_B11 = samples.sample_id_B[:, None, None]
     view_1M1 = torch.arange(num_views, device=unit_B1S.device)[None, :, None]
@@ -356,7 +368,7 @@ def _time_shares(
     return key.fold("time").uniform(sample_id_B11, unit_B1S, view_1M1)
 
 
-def _uniform(samples: Samples, key: Key, num_views: int) -> Tensor:
+def position_uniform(samples: Samples, key: Key, num_views: int) -> Tensor:
     """float64 [B, M, S] in [0, 1), one for each sample, view and position relative to the completion's first."""
     is_completion_BS = samples.canvas.is_completion_BS
     start_B1 = is_completion_BS.long().argmax(-1, keepdim=True)

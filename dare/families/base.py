@@ -19,9 +19,10 @@ from dare.core.spec import FamilySpec
 from dare.core.types import Canvas, Views
 from dare.diffusion import blocks
 from dare.families.config import Config, ModelSizes
-from dare.families.layers.attention import KVCache
+from dare.families.layers.attention import KVCache, SharedContext, Visible
 from dare.families.layers.head import linear_logp
 from dare.families.layers.moe import ExpertLoad
+from dare.families.streams import pack_streams
 
 
 class Network(nn.Module, ABC):
@@ -33,14 +34,12 @@ class Network(nn.Module, ABC):
     logit_scale: float
 
     @abstractmethod
-    def forward(
-        self, ids_BT: Tensor, position_BT: Tensor, visible: Tensor | None, cache: KVCache | None = None
-    ) -> Tensor:
+    def forward(self, ids_BT: Tensor, position_BT: Tensor, visible: Visible, cache: KVCache | None = None) -> Tensor:
         """Hidden states [B, T, D] after the final norm.
 
         position_BT  rotary position of each token
         visible      bool, broadcastable to [B, 1, T, K]; None = everything is visible. K = T without a cache,
-                     else the number of slots of the cache
+                     else the number of slots of the cache. Or the masks of several noisy streams, for `attend`
         cache        keys and values of this call are written at slot = position before attention reads all
                      slots; a slot that is overwritten later simply holds the later value
         """
@@ -215,7 +214,8 @@ class Family:
         load    counts which experts the real tokens are sent to; a family without experts leaves it empty
 
         Full attention: one forward of the noisy canvas. Block-causal: one forward of [noisy | context], which
-        scores every block given the context's blocks before it (BD3-LM, Arriola et al. 2025, section 3.2).
+        scores every block given the context's blocks before it (BD3-LM, Arriola et al. 2025, section 3.2); views of
+        one sample share the context's stream where that saves tokens (`streams.py`).
         Logits exist only at targets, one chunk at a time.
         """
         if views.noisy_RS.shape != canvas.input_BS.shape:
@@ -230,13 +230,10 @@ class Family:
         position_RS = blocks.positions(is_real_RS)
         if canvas.is_blockwise:
             context_RS = views.context_RS[:, :length].to(self.device)
-            visible: Tensor | None = blocks.two_stream_mask(canvas.block_BS[:, :length].to(self.device), is_real_RS)
-            ids_RT, num_streams = torch.cat([noisy_RS, context_RS], dim=1), 2
+            block_RS = canvas.block_BS[:, :length].to(self.device)
+            hidden_RSD = self._noisy_hidden(views, noisy_RS, context_RS, position_RS, block_RS, is_real_RS, load)
         else:
-            visible, ids_RT, num_streams = blocks.full_mask(is_real_RS), noisy_RS, 1
-        is_real_RT = is_real_RS.repeat(1, num_streams)
-        with nullcontext() if load is None else load.counting(self.network, is_real_RT):
-            hidden_RSD = self.hidden(ids_RT, position_RS.repeat(1, num_streams), visible)[:, :length]
+            hidden_RSD = self._counted_hidden(noisy_RS, position_RS, blocks.full_mask(is_real_RS), is_real_RS, load)
         target_N = views.target_RS[:, :length].to(self.device)[is_target_RS]
         hidden_ND = self._aligned(hidden_RSD, is_real_RS)[is_target_RS]
         scale = self.network.logit_scale / views.temperature
@@ -245,9 +242,37 @@ class Family:
         row_N, column_N = is_target_RS.nonzero(as_tuple=True)
         return logp_RS.index_put((row_N, column_N), logp_N)
 
-    def hidden(
-        self, ids_BT: Tensor, position_BT: Tensor, visible: Tensor | None, cache: KVCache | None = None
+    def _noisy_hidden(
+        self,
+        views: Views,
+        noisy_RS: Tensor,
+        context_RS: Tensor,
+        position_RS: Tensor,
+        block_RS: Tensor,
+        is_real_RS: Tensor,
+        load: ExpertLoad | None,
     ) -> Tensor:
+        """[R, S, D]: hidden states of each noisy stream, read beside its clean context."""
+        pack = pack_streams(views.sample_R.to(self.device), context_RS)
+        if pack is None:
+            ids_RT, position_RT = torch.cat([noisy_RS, context_RS], dim=1), position_RS.repeat(1, 2)
+            visible = blocks.two_stream_mask(block_RS, is_real_RS)
+            both = self._counted_hidden(ids_RT, position_RT, visible, is_real_RS.repeat(1, 2), load)
+            return both[:, : noisy_RS.shape[1]]
+        first = pack.first_G
+        shared = SharedContext(pack.num_streams, *blocks.shared_context_masks(block_RS[first], is_real_RS[first]))
+        position_GT = position_RS[first].repeat(1, pack.num_streams + 1)
+        ids_GT, is_real_GT = pack.ids(noisy_RS, context_RS), pack.is_real(is_real_RS)
+        return pack.views_of(self._counted_hidden(ids_GT, position_GT, shared, is_real_GT, load))
+
+    def _counted_hidden(
+        self, ids_BT: Tensor, position_BT: Tensor, visible: Visible, is_real_BT: Tensor, load: ExpertLoad | None
+    ) -> Tensor:
+        """`hidden`, the experts of real tokens counted into `load` if there is one."""
+        with nullcontext() if load is None else load.counting(self.network, is_real_BT):
+            return self.hidden(ids_BT, position_BT, visible)
+
+    def hidden(self, ids_BT: Tensor, position_BT: Tensor, visible: Visible, cache: KVCache | None = None) -> Tensor:
         """Hidden states [B, T, D] after the final norm; see `Network.forward`."""
         hidden_BTD: Tensor = self.network(ids_BT, position_BT, visible, cache)
         return hidden_BTD

@@ -60,3 +60,13 @@ def compute_advantages(rule: str, reward_B: Tensor, group_B: Tensor) -> Tensor:
     highest_B = zero_G.scatter_reduce(0, index_B, reward_B, "amax", include_self=False)[index_B]
     advantage_B = RULES[rule](Centred(deviation_B, squares_B, size_B))
     return torch.where(lowest_B == highest_B, 0.0, advantage_B).float()
+
+
+def group_softmax(value_B: Tensor, group_B: Tensor) -> Tensor:
+    """float64 [B]: the softmax of `value_B` within each group; the weights of a group sum to 1."""
+    value_B = value_B.double()
+    _, index_B = torch.unique(group_B, return_inverse=True)
+    zero_G = torch.zeros(int(index_B.max()) + 1, dtype=value_B.dtype, device=value_B.device)
+    highest_B = zero_G.scatter_reduce(0, index_B, value_B, "amax", include_self=False)[index_B]
+    weight_B = (value_B - highest_B).exp()
+    return weight_B / zero_G.index_add(0, index_B, weight_B)[index_B]

@@ -39,6 +39,13 @@ def mean_of_means(value: Tensor, is_counted: Tensor, group: Tensor, num_groups: 
     return masked_mean(divide(total_G, count_G), count_G > 0)
 
 
+def group_mean(value: Tensor, group: Tensor, num_groups: int) -> Tensor:
+    """[num_groups]: the mean of the elements of each group; 0 for an empty one. `group` is int64, one per element."""
+    zero = torch.zeros(num_groups, dtype=value.dtype, device=value.device)
+    count = zero.index_add(0, group, torch.ones_like(value).detach())
+    return divide(zero.index_add(0, group, value), count)
+
+
 def metric(value: Tensor, is_counted: Tensor | None = None) -> Metric:
     """The mean of `value` over `is_counted` (default: everywhere) with its denominator, detached."""
     value = value.detach().double()

@@ -30,3 +30,18 @@ def clipped_surrogate(
     is_clipped = (log_ratio > high) | (log_ratio < low)
     bound = torch.where(log_ratio > high, high, low)
     return torch.where(is_clipped, bound, log_ratio).exp() * advantage, is_clipped
+
+
+def linear_surrogate(
+    log_ratio: Tensor, advantage: Tensor, eps_low: float, eps_high: float, dual_clip: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """The clipped surrogate with 1 + log_ratio in place of the ratio where A >= 0 (BGPO, Lin et al. 2025).
+
+    Averaged over the draws of a sample it bounds the surrogate of their mean from below, with equal value and gradient
+    where the log-ratios are 0, because 1 + d <= exp(d) and exp is convex. Finite for every log-ratio.
+    """
+    is_up = advantage >= 0
+    down, is_down_clipped = clipped_surrogate(log_ratio, advantage.clamp(max=0.0), eps_low, eps_high, dual_clip)
+    is_up_clipped = log_ratio > eps_high
+    up = (1 + torch.where(is_up_clipped, eps_high, log_ratio)) * advantage
+    return torch.where(is_up, up, down), torch.where(is_up, is_up_clipped, is_down_clipped)

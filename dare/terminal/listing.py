@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from dare.core.errors import unknown_name
-from dare.core.registry import TABLES
+from dare.core.registry import ALGORITHMS, TABLES, resolve
+
+_MODELS = {"full": "masked", "block_causal": "block"}  # attention kind -> what the models are called
 
 
 def listing(table: str | None) -> str:
@@ -28,12 +30,27 @@ def recipe_files() -> list[Path]:
 
 
 def _rows(table: str) -> str:
+    if table == "algorithms":
+        return _algorithm_rows()
     if table == "recipes":
         rows = [(str(path), _headline(path)) for path in recipe_files()]
     else:
         rows = [(name, row.summary) for name, row in TABLES[table].items()]
     width = max((len(name) for name, _ in rows), default=0)
     return "\n".join(f"{name:<{width}}  {summary}".rstrip() for name, summary in rows) or "(none)"
+
+
+def _algorithm_rows() -> str:
+    """Every algorithm with the kinds of models that it trains, and why not where it does not."""
+    width = max(len(name) for name in ALGORITHMS)
+    lines = [f"{'':<{width}}  {'  '.join(_MODELS.values())}"]
+    for name, row in ALGORITHMS.items():
+        forbidden = resolve("algorithms", name).forbidden
+        marks = ("no" if kind in forbidden else "yes" for kind in _MODELS)
+        cells = "  ".join(f"{mark:<{len(title)}}" for mark, title in zip(marks, _MODELS.values(), strict=True))
+        lines.append(f"{name:<{width}}  {cells}  {row.summary}")
+        lines += [f"{'':<{width}}    not on {_MODELS[kind]} models: {reason}" for kind, reason in forbidden.items()]
+    return "\n".join(lines)
 
 
 def _headline(recipe: Path) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dare.algorithms.base import Algorithm
-from dare.core.checks import check
+from dare.core.checks import check, check_attention
 from dare.core.data_recipe import DataRecipe
 from dare.core.errors import DareError
 from dare.core.recipe import Recipe
@@ -34,6 +34,7 @@ def train(recipe: Recipe, run_dir: Path, reporter: Reporter, *, is_resumed: bool
     raw_rows = _raw_rows(recipe, task) if algorithm.kind == "offline" else []
     tokenizer = _tokenizer(recipe, task, raw_rows)
     rows = _encode(recipe, raw_rows, tokenizer, family_spec(recipe.model, tokenizer)) if raw_rows else []
+    check_attention(recipe.algorithm.name, algorithm, family_spec(recipe.model, tokenizer).attention)
     executor = resolve("executors", recipe.executor)
     engine = executor.create(recipe, tokenizer, needs_reference=algorithm.needs_reference)
     session = Session(recipe, run_dir, reporter, is_resumed=is_resumed)

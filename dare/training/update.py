@@ -39,7 +39,7 @@ def plan_iterations(engine: Engine, algorithm: Algorithm[Any], samples: Samples,
     plans = []
     for index in range(num):
         views = algorithm.corrupt(samples, key.fold(index))
-        old = engine.score(views, samples) if index > 0 and not algorithm.is_linear else None
+        old = engine.score(views, samples) if index > 0 and algorithm.needs_old else None
         reference = engine.score(views, samples, is_reference=True) if algorithm.needs_reference else None
         plans.append(Iteration(views, old, reference))
     return plans

@@ -24,6 +24,7 @@ from dare.algorithms.policy import PolicyAlgorithm
 from dare.core.rng import Key
 from dare.core.types import Canvas, Loss, Samples, Views
 from dare.diffusion import corrupt, likelihood
+from dare.diffusion.counts import rounded_counts
 from dare.families.weights import load_family
 from dare.objectives.advantage import compute_advantages
 
@@ -277,6 +278,20 @@ def test_their_rounded_counts_differ_from_ours() -> None:
         chosen = tensors[f"{name}/k0"]
         gap = (own[chosen] - tensors[f"{name}/counts"]) % (length + 1)
         assert bool(((gap == 0) | (gap == length)).all())  # theirs rounds to the nearest, ours down: equal or one less
+
+
+@pytest.mark.parametrize(("algorithm", "lowest"), [("espo", 0), ("bgpo", 1)])
+def test_rounded_counts_are_theirs(algorithm: str, lowest: int) -> None:
+    """Every stored table, those in which float32 decides included."""
+    facts, tensors = load(algorithm)
+    names = [name for name in facts if name.startswith("mask_counts")]
+    assert names
+    for name in names:
+        length, num = facts[name]["L"], facts[name].get("b", facts[name].get("n"))
+        start = tensors[f"{name}/k0"][:, None]
+        uniform = (start - lowest + 0.5) / (length + 1 - lowest)
+        own = rounded_counts(uniform.double(), torch.tensor(length), num, lowest, torch.arange(num))
+        assert torch.equal(own, tensors[f"{name}/counts"]), name
 
 
 def test_golden_rewards_reach_every_advantage_rule() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from dare.core.errors import DareError
 from dare.core.rng import Key
 from dare.core.types import Samples, Views
-from dare.diffusion import corrupt
+from dare.diffusion import corrupt, plans
 from dare.diffusion.schedule import SCHEDULES, find_schedule, spread_time
 from tests.numerics import toy
 
@@ -33,7 +33,20 @@ PLANS: dict[str, Callable[[Samples, Key], Views]] = {
         samples, key, num_pairs=2, scope=corrupt.completion_scope(samples, "scored")
     ),
     "trace_replay": lambda samples, key: corrupt.trace_replay(samples, samples.is_scored_BS),
+    "trace_shrunk": lambda samples, key: corrupt.trace_replay(samples, samples.is_scored_BS, shrink=2),
+    "left_to_right": lambda samples, key: plans.left_to_right(samples, samples.is_scored_BS),
+    "sample_views": lambda samples, key: plans.sample_views(
+        plans.left_to_right(samples, samples.is_scored_BS), samples, key, num=2
+    ),
+    "quadrature": lambda samples, key: plans.quadrature(
+        samples, key, num_nodes=3, scope=corrupt.completion_scope(samples, "keep_masked")
+    ),
+    "block_random": lambda samples, key: plans.block_random(samples, key, num_views=2, prompt_noise=0.3),
+    "block_random_published": lambda samples, key: plans.block_random(
+        samples, key, num_views=2, prompt_noise=0.3, is_published=True
+    ),
 }
+DETERMINISTIC = ("trace_replay", "trace_shrunk", "left_to_right")
 
 all_plans = pytest.mark.parametrize("plan", list(PLANS))
 all_blocks = pytest.mark.parametrize("block_length", [None, 1, 3, 4])
@@ -94,14 +107,14 @@ def test_views_are_well_formed(plan: str, block_length: int | None) -> None:
     assert not bool((views.is_target_RS & ~samples.canvas.is_completion_BS[views.sample_R]).any())
     assert not bool((is_masked_RS & ~samples.canvas.is_real_BS[views.sample_R]).any())
     assert views.sample_R.tolist() == sorted(views.sample_R.tolist())
-    if plan != "all_masked":
+    if plan not in ("all_masked", "block_random", "block_random_published"):
         assert torch.equal(views.context_RS, clean_RS)
         assert not bool((is_masked_RS & ~samples.canvas.is_completion_BS[views.sample_R]).any())
     if plan not in ("coupled_exact_count",):
         assert not bool((views.is_target_RS & ~samples.is_scored_BS[views.sample_R]).any())
 
 
-@pytest.mark.parametrize("plan", [plan for plan in PLANS if plan != "trace_replay"])
+@pytest.mark.parametrize("plan", [plan for plan in PLANS if plan not in DETERMINISTIC])
 def test_views_differ_between_keys_and_samples(plan: str) -> None:
     samples = toy.make_samples([[0] * 40] * 2, prompts=[[1] * 40] * 2, sample_ids=[7, 8])
     first, second = PLANS[plan](samples, Key(0)), PLANS[plan](samples, Key(1))
@@ -145,6 +158,8 @@ def test_every_scored_token_is_covered(block_length: int | None) -> None:
     completion_BS = samples.canvas.is_completion_BS.long()
     assert torch.equal(times_scored(PLANS["coupled_exact_count"](samples, Key(4))), 2 * completion_BS)
     assert torch.equal(times_scored(PLANS["trace_replay"](samples, Key(4))), scored_BS)
+    assert torch.equal(times_scored(PLANS["trace_shrunk"](samples, Key(4))), scored_BS)
+    assert torch.equal(times_scored(PLANS["left_to_right"](samples, Key(4))), scored_BS)
     assert torch.equal(times_scored(PLANS["all_masked"](samples, Key(4))), scored_BS)
 
 

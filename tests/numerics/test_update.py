@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dare.algorithms.policy import PolicyAlgorithm
 from dare.core.errors import NonFiniteError
 from dare.core.recipe import Recipe, parse_recipe
 from dare.core.registry import ALGORITHMS, resolve
@@ -18,7 +19,7 @@ from dare.executors.local import LocalEngine
 from dare.families.base import Family
 from dare.training.update import plan_iterations, update
 
-ONLINE = [name for name in ALGORITHMS if resolve("algorithms", name).kind == "online"]
+RATIO = [name for name in ALGORITHMS if issubclass(resolve("algorithms", name), PolicyAlgorithm)]
 
 
 def _recipe(algorithm: str, micro_batch_views: int) -> Recipe:
@@ -110,7 +111,7 @@ def test_an_update_does_not_depend_on_micro_batches(families: dict[str, Family],
         assert metrics["grad_norm"] == pytest.approx(results[0]["grad_norm"], rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ONLINE)
+@pytest.mark.parametrize("name", RATIO)
 def test_first_update_is_on_policy_and_both_passes_agree(families: dict[str, Family], name: str) -> None:
     recipe = _recipe(name, 5)
     algorithm = recipe.algorithm.build()

@@ -52,12 +52,52 @@ class KVCache:
         return chosen
 
 
-def attend(query_BHTd: Tensor, key_BHKd: Tensor, value_BHKd: Tensor, visible: Tensor | None) -> Tensor:
+@dataclass(frozen=True)
+class SharedContext:
+    """What queries see in the input [clean | noisy_1 .. noisy_K]; masks of `blocks.shared_context_masks`.
+
+    clean_B1SS  the clean stream on itself
+    noisy_B1SC  each noisy stream on [clean | itself], C = 2S
+    """
+
+    num_streams: int
+    clean_B1SS: Tensor
+    noisy_B1SC: Tensor
+
+
+Visible = Tensor | SharedContext | None  # a mask, broadcastable to [B, 1, T, K]; None = everything
+
+
+def attend(query_BHTd: Tensor, key_BHKd: Tensor, value_BHKd: Tensor, visible: Visible) -> Tensor:
     """Scaled dot-product attention [B, H, T, hd]; grouped key/value heads are repeated as needed."""
+    if isinstance(visible, SharedContext):
+        return _attend_shared(query_BHTd, key_BHKd, value_BHKd, visible)
     is_grouped = query_BHTd.shape[1] != key_BHKd.shape[1]
     return functional.scaled_dot_product_attention(
         query_BHTd, key_BHKd, value_BHKd, attn_mask=visible, enable_gqa=is_grouped
     )
+
+
+def _attend_shared(query_BHTd: Tensor, key_BHTd: Tensor, value_BHTd: Tensor, shared: SharedContext) -> Tensor:
+    """Each noisy stream as a row of its own that reads the clean keys, so no query meets another stream's keys."""
+    num_streams, length = shared.num_streams, shared.clean_B1SS.shape[-1]
+
+    def clean(value_BHTd: Tensor) -> Tensor:
+        return value_BHTd[:, :, :length]
+
+    def streams(value_BHTd: Tensor) -> Tensor:
+        batch, heads, _, size = value_BHTd.shape
+        split = value_BHTd[:, :, length:].reshape(batch, heads, num_streams, length, size)
+        return split.transpose(1, 2).flatten(0, 1)
+
+    def both(value_BHTd: Tensor) -> Tensor:
+        return torch.cat([clean(value_BHTd).repeat_interleave(num_streams, 0), streams(value_BHTd)], dim=2)
+
+    clean_BHSd = attend(clean(query_BHTd), clean(key_BHTd), clean(value_BHTd), shared.clean_B1SS)
+    visible_N1SC = shared.noisy_B1SC.repeat_interleave(num_streams, 0)
+    noisy_NHSd = attend(streams(query_BHTd), both(key_BHTd), both(value_BHTd), visible_N1SC)
+    noisy_BKHSd = noisy_NHSd.reshape(len(query_BHTd), num_streams, *noisy_NHSd.shape[1:])
+    return torch.cat([clean_BHSd, noisy_BKHSd.transpose(1, 2).flatten(2, 3)], dim=2)
 
 
 @dataclass(frozen=True)
@@ -66,7 +106,7 @@ class AttentionCall:
 
     position_BT: Tensor
     turn: Rotation
-    visible: Tensor | None
+    visible: Visible
     cache: KVCache | None
 
 

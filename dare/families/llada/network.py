@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from dare.families.base import Network
 from dare.families.config import DenseShape
-from dare.families.layers.attention import AttentionCall, KVCache, rotary_attention
+from dare.families.layers.attention import AttentionCall, KVCache, Visible, rotary_attention
 from dare.families.layers.mlp import swiglu
 from dare.families.layers.norm import RMSNorm
 from dare.families.layers.rope import rotation
@@ -24,9 +24,7 @@ class LLaDANetwork(Network):
         self.rope_theta = shape.rope_theta
         self.model = _Model(shape)
 
-    def forward(
-        self, ids_BT: Tensor, position_BT: Tensor, visible: Tensor | None, cache: KVCache | None = None
-    ) -> Tensor:
+    def forward(self, ids_BT: Tensor, position_BT: Tensor, visible: Visible, cache: KVCache | None = None) -> Tensor:
         transformer = self.model.transformer
         turn = rotation(position_BT, self.head_dim, self.rope_theta)
         call = AttentionCall(position_BT, turn, visible, cache)

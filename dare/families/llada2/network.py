@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from dare.families.base import Network
 from dare.families.config import DenseShape, MoEShape
-from dare.families.layers.attention import AttentionCall, KVCache, rotary_attention
+from dare.families.layers.attention import AttentionCall, KVCache, Visible, rotary_attention
 from dare.families.layers.mlp import SwiGLU
 from dare.families.layers.moe import Experts, GroupedSigmoidRouter
 from dare.families.layers.norm import RMSNorm
@@ -28,9 +28,7 @@ class LLaDA2Network(Network):
         self.model = _Model(shape, moe, grouping)
         self.lm_head = None if shape.is_tied else nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
 
-    def forward(
-        self, ids_BT: Tensor, position_BT: Tensor, visible: Tensor | None, cache: KVCache | None = None
-    ) -> Tensor:
+    def forward(self, ids_BT: Tensor, position_BT: Tensor, visible: Visible, cache: KVCache | None = None) -> Tensor:
         turn = rotation(position_BT, self.rotary_dim, self.rope_theta)
         call = AttentionCall(position_BT, turn, visible, cache)
         x_BTD: Tensor = self.model.word_embeddings(ids_BT)
