@@ -97,6 +97,21 @@ def test_final_hidden_states(name: str, label: str) -> None:
     check_logits(hidden, tensors["hidden_final_normed"])
 
 
+@pytest.mark.parametrize(("name", "label"), PLAIN)
+def test_hidden_states_on_the_way(name: str, label: str) -> None:
+    """The embedding's output, which enters the first layer, and what enters the second."""
+    network, (_, tensors) = family_of(name).network, case(name, "forward", label)
+    ids_BT = tensors["input_ids"]
+    layers = next(module for module in network.modules() if isinstance(module, torch.nn.ModuleList))
+    entered: list[Tensor] = []
+    hooks = [layer.register_forward_pre_hook(lambda _, args: entered.append(args[0])) for layer in layers]
+    network(ids_BT, torch.arange(ids_BT.shape[1]).expand_as(ids_BT), None)
+    for hook in hooks:
+        hook.remove()
+    assert torch.equal(entered[0], tensors["hidden_first"])
+    check_logits(entered[1], tensors["hidden_mid"])
+
+
 @pytest.mark.parametrize("name", MASKED)
 @pytest.mark.parametrize("label", ["pad_left", "pad_right"])
 def test_padding_of_a_masked_model(name: str, label: str) -> None:

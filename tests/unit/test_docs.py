@@ -36,3 +36,8 @@ def test_links_and_named_files_exist(page: Path) -> None:
 def test_every_algorithm_has_a_row() -> None:
     page = (ROOT / "docs" / "algorithms.md").read_text()
     assert all(f"| `{name}` |" in page for name in TABLES["algorithms"])
+
+
+def test_every_family_has_a_row() -> None:
+    page = (ROOT / "docs" / "families.md").read_text()
+    assert all(f"| `{name}` |" in page for name in TABLES["families"])
