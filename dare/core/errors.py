@@ -40,9 +40,16 @@ class NonFiniteError(DareError):
     """A loss or gradient is NaN or infinite; the last checkpoint is untouched."""
 
 
+def closest_name(name: str, names: Iterable[str]) -> str | None:
+    """What was probably meant by `name`: of the similar ones, one that begins with it, else the most similar."""
+    close = difflib.get_close_matches(name, list(names), n=3, cutoff=0.5)
+    longer = [match for match in close if match.startswith(name)]
+    return next(iter(longer + close), None)
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str], *, where: str | None = None) -> DareError:
     """The error for a name that is in no table: lists the closest match and all known names."""
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    hint = f"did you mean '{close[0]}'?" if close else None
+    close = closest_name(name, names)
+    hint = None if close is None else f"did you mean '{close}'?"
     return DareError(f"unknown {kind} '{name}'", where=where, expected=", ".join(names), fix=hint)

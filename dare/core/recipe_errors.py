@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import types
 import typing
 
 from pydantic import BaseModel, ValidationError
 
-from dare.core.errors import DareError
+from dare.core.errors import DareError, closest_name
 
 
 def explain(error: ValidationError, model: type[BaseModel], *, where: str, what: str = "the recipe is") -> DareError:
@@ -34,9 +33,9 @@ def explain(error: ValidationError, model: type[BaseModel], *, where: str, what:
 
 def _closest(location: tuple[int | str, ...], model: type[BaseModel]) -> str:
     fields = _fields_at(location[:-1], model)
-    close = difflib.get_close_matches(str(location[-1]), fields, n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean '{close[0]}'?"
+    close = closest_name(str(location[-1]), fields)
+    if close is not None:
+        return f"; did you mean '{close}'?"
     return f"; known keys: {', '.join(fields)}" if fields else ""
 
 

@@ -85,6 +85,7 @@ class Adoption:
 class FamilyType:
     """One row of the families table: how to recognise, describe and build its checkpoints.
 
+    architecture the official class name in a config.json, shown when a checkpoint is of no known family
     matches      whether a config.json belongs to the family
     spec         from config.json and generation_config.json (None if the checkpoint has none)
     build        the network of a config.json; called on the meta device, so it must not compute with weights
@@ -93,6 +94,7 @@ class FamilyType:
     """
 
     name: str
+    architecture: str
     matches: Callable[[Config], bool]
     spec: Callable[[Config, Config | None], FamilySpec]
     build: Callable[[Config], Network]

@@ -5,7 +5,7 @@ Tokenizers are `transformers` fast tokenizers (typed `Any`: the library is loade
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,21 @@ def encode_messages(
         roles = ", ".join(message.get("role", "?") for message in plain)
         raise DareError(f"the chat template refuses the messages: {error}", where=where, got=f"roles {roles}") from None
     return ids
+
+
+def turn_end(opened: list[int], closed: list[int], special_ids: Collection[int], *, is_always_open: bool) -> int:
+    """Where the turn that `closed` adds to the open conversation `opened` ends: after its last special token.
+
+    A template that is always open (LLaDA's) also writes the header of the next turn. Both conversations end with it,
+    after the token that ends a turn: there the turn stops at the first special token that they have in common.
+    """
+    ends = [place for place in range(len(opened), len(closed)) if closed[place] in special_ids]
+    if is_always_open:
+        num_common = 0
+        while num_common < len(closed) - len(opened) and opened[-1 - num_common] == closed[-1 - num_common]:
+            num_common += 1
+        ends = [place for place in ends if place >= len(closed) - num_common][:1]
+    return ends[-1] + 1 if ends else len(closed)
 
 
 def decode(tokenizer: Any, ids: Sequence[int], *, has_special: bool = False) -> str:

@@ -136,15 +136,15 @@ def create_family(
 
 def find_family_type(config: Config, *, where: str) -> FamilyType:
     """The row of the families table whose checkpoints have this config. Raises DareError if there is none."""
-    for name in FAMILIES:
-        family_type: FamilyType = resolve("families", name)
+    family_types: list[FamilyType] = [resolve("families", name) for name in FAMILIES]
+    for family_type in family_types:
         if family_type.matches(config):
             return family_type
     raise DareError(
         "this checkpoint is of no known family",
         where=where,
         got=f"model_type {config.get('model_type')}, architectures {config.get('architectures')}",
-        expected=f"a checkpoint of {', '.join(FAMILIES)}",
+        expected=", ".join(f"{family_type.architecture} ({family_type.name})" for family_type in family_types),
     )
 
 

@@ -17,7 +17,7 @@ from dare.core.rng import Key
 from dare.core.spec import FamilySpec
 from dare.core.text import Message
 from dare.families.tokenizer import decode as decode_text
-from dare.families.tokenizer import encode_messages, encode_text
+from dare.families.tokenizer import encode_messages, encode_text, turn_end
 from dare.tasks.base import Task
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -343,8 +343,8 @@ class RowEncoder:
                     where=row.where,
                     fix="set data.loss_turns to last, or give prompt and completion as text",
                 )
-            ends = [place + 1 for place in range(len(opened), len(closed)) if closed[place] in self._special_ids]
-            end = ends[-1] if ends else len(closed)
+            is_always_open = closed == self._render(conversation[: index + 1], is_open=True, row=row)
+            end = turn_end(opened, closed, self._special_ids, is_always_open=is_always_open)
             is_scored += [False] * (len(opened) - len(ids)) + [True] * (end - len(opened))
             ids = closed[:end]
         return prompt_ids, ids[len(prompt_ids) :], is_scored[len(prompt_ids) :]

@@ -243,6 +243,38 @@ def test_quantised_checkpoints_are_refused(name: str, folders: dict[str, Path], 
     assert load_family(edited(folders[name], tmp_path / "d", quantization_config=None)).spec.name == name
 
 
+LAYOUTS: list[tuple[str, dict[str, Any], list[str], list[str]]] = [
+    # family, changes of the config, tensors that are there then, tensors that are not
+    ("sdar_moe", {"mlp_only_layers": [0]}, ["0.mlp.up_proj", "1.mlp.gate"], ["0.mlp.gate", "0.mlp.experts.0.up_proj"]),
+    ("sdar_moe", {"decoder_sparse_step": 2}, ["0.mlp.up_proj", "1.mlp.gate"], ["1.mlp.up_proj"]),
+    ("llada_moe", {"moe_layer_freq": [0, 1]}, ["0.mlp.up_proj", "1.mlp.experts.7.up_proj"], ["0.mlp.gate"]),
+    ("llada_moe", {"shared_expert_intermediate_size": 8}, ["0.shared_expert.up_proj"], []),
+    (
+        "llada_moe",
+        {"qk_layernorm": False, "partial_rotary_factor": 0.5},
+        ["0.self_attn.q_proj"],
+        ["0.self_attn.q_norm"],
+    ),
+    ("llada2", {"first_k_dense_replace": 0}, ["0.mlp.gate"], ["0.mlp.up_proj"]),
+    ("llada2", {"num_shared_experts": 0}, ["1.mlp.gate"], ["1.mlp.shared_experts.up_proj"]),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "present", "absent"), LAYOUTS)
+def test_configs_choose_the_layers(
+    name: str, changes: dict[str, Any], present: list[str], absent: list[str], folders: dict[str, Path]
+) -> None:
+    config = {**json.loads((folders[name] / "config.json").read_text()), **changes}
+    family_type = find_family_type(config, where="")
+    network = family_type.build(config)
+    tensors = network.state_dict()
+    assert all(f"model.layers.{tensor}.weight" in tensors for tensor in present)
+    assert not any(f"model.layers.{tensor}.weight" in tensors for tensor in absent)
+    for parameter in network.parameters():
+        torch.nn.init.constant_(parameter, 0.01)
+    assert logits(Family(family_type.spec(config, None), network, config), IDS).isfinite().all()
+
+
 # --- what it computes
 
 

@@ -170,3 +170,11 @@ def test_other_sources_are_refused(tmp_path: Path, tiny_checkpoints: dict[str, P
     result = CliRunner().invoke(app, ["convert", str(tmp_path), str(tmp_path / "out"), "--to", "lada"])
     assert result.exit_code == 2
     assert "llada" in result.stderr
+
+
+def test_a_file_that_only_looks_like_gguf_is_refused(tmp_path: Path) -> None:
+    """By transformers, or by the lack of the package that it reads such files with."""
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"no weights at all")
+    with pytest.raises(DareError, match=r"GGUF"):
+        convert_causal(path, "llada")

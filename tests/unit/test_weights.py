@@ -326,7 +326,8 @@ def test_other_checkpoints_are_of_no_family(config: dict[str, Any]) -> None:
     text = message(lambda: find_family_type(config, where="somewhere"))
     assert "no known family" in text
     assert str(config.get("model_type")) in text
-    assert all(name in text for name in FAMILIES)
+    assert all(f"({name})" in text for name in FAMILIES)
+    assert "SDARMoeForCausalLM (sdar_moe)" in text
 
 
 # --- broken folders

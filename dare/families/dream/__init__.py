@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dare.families.base import Adoption, FamilyType
-from dare.families.dream.config import family_spec, is_dream, new_config, read_shape
+from dare.families.dream.config import ARCHITECTURE, family_spec, is_dream, new_config, read_shape
 from dare.families.dream.network import DreamNetwork
 
 DREAM = FamilyType(
     name="dream",
+    architecture=ARCHITECTURE,
     matches=is_dream,
     spec=family_spec,
     build=lambda config: DreamNetwork(read_shape(config)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dare.core.spec import FamilySpec
 from dare.families.config import Config, DenseShape, Fields, ModelSizes, eos_ids, matches_architecture
 
-_MODEL_TYPE, _ARCHITECTURE = "Dream", "DreamModel"
+_MODEL_TYPE, ARCHITECTURE = "Dream", "DreamModel"
 _BLOCK_LENGTH = 32
 _MASK_ID = 151666  # published configs without mask_token_id mean this one
 
@@ -21,7 +21,7 @@ _OPTIONAL: dict[str, tuple[object, ...]] = {
 
 
 def is_dream(config: Config) -> bool:
-    return matches_architecture(config, _MODEL_TYPE, _ARCHITECTURE)
+    return matches_architecture(config, _MODEL_TYPE, ARCHITECTURE)
 
 
 def read_shape(config: Config) -> DenseShape:
@@ -72,7 +72,7 @@ def family_spec(config: Config, generation_config: Config | None = None) -> Fami
 def new_config(sizes: ModelSizes) -> Config:
     """A config.json for a new model, with the constants of the released 7B models."""
     config: Config = {
-        "architectures": [_ARCHITECTURE],
+        "architectures": [ARCHITECTURE],
         "model_type": _MODEL_TYPE,
         "attention_dropout": 0.0,
         "eos_token_id": sizes.eos_id,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dare.families.base import Adoption, FamilyType
-from dare.families.llada.config import family_spec, is_llada, new_config, read_shape
+from dare.families.llada.config import ARCHITECTURE, family_spec, is_llada, new_config, read_shape
 from dare.families.llada.network import LLaDANetwork, from_llama
 
 LLADA = FamilyType(
     name="llada",
+    architecture=ARCHITECTURE,
     matches=is_llada,
     spec=family_spec,
     build=lambda config: LLaDANetwork(read_shape(config)),

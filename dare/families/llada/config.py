@@ -5,7 +5,7 @@ from __future__ import annotations
 from dare.core.spec import FamilySpec
 from dare.families.config import Config, DenseShape, Fields, ModelSizes, eos_ids, matches_architecture
 
-_MODEL_TYPE, _ARCHITECTURE = "llada", "LLaDAModelLM"
+_MODEL_TYPE, ARCHITECTURE = "llada", "LLaDAModelLM"
 _BLOCK_LENGTH = 32
 
 # Absent, these mean something else in the official code (a sequential GPT block without rotary embedding).
@@ -37,7 +37,7 @@ _OPTIONAL: dict[str, tuple[object, ...]] = {
 
 def is_llada(config: Config) -> bool:
     """Whether a config is of dense LLaDA; copies of LLaDA-MoE share its model type and differ by `num_experts`."""
-    return matches_architecture(config, _MODEL_TYPE, _ARCHITECTURE) and not config.get("num_experts")
+    return matches_architecture(config, _MODEL_TYPE, ARCHITECTURE) and not config.get("num_experts")
 
 
 def read_shape(config: Config) -> DenseShape:
@@ -88,7 +88,7 @@ def family_spec(config: Config, generation_config: Config | None = None) -> Fami
 def new_config(sizes: ModelSizes) -> Config:
     """A config.json for a new model, with the constants of the released 8B models."""
     config: Config = {
-        "architectures": [_ARCHITECTURE],
+        "architectures": [ARCHITECTURE],
         "model_type": _MODEL_TYPE,
         **{name: values[0] for name, values in _CHOSEN.items()},
         "d_model": sizes.hidden_size,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dare.families.base import FamilyType
-from dare.families.llada2.config import family_spec, is_llada2, new_config, read_shapes
+from dare.families.llada2.config import ARCHITECTURE, family_spec, is_llada2, new_config, read_shapes
 from dare.families.llada2.network import LLaDA2Network
 
 LLADA2 = FamilyType(
     name="llada2",
+    architecture=ARCHITECTURE,
     matches=is_llada2,
     spec=family_spec,
     build=lambda config: LLaDA2Network(*read_shapes(config)),

@@ -8,7 +8,7 @@ from dare.core.errors import DareError
 from dare.core.spec import FamilySpec
 from dare.families.config import Config, DenseShape, Fields, ModelSizes, MoEShape, eos_ids, matches_architecture
 
-_MODEL_TYPE, _ARCHITECTURE = "llada2_moe", "LLaDA2MoeModelLM"
+_MODEL_TYPE, ARCHITECTURE = "llada2_moe", "LLaDA2MoeModelLM"
 _BLOCK_LENGTH = 32  # published configs have neither a block length nor a mask id
 _MASK_ID = 156895
 _NEW_EXPERTS, _NEW_EXPERTS_PER_TOKEN = 8, 2
@@ -49,7 +49,7 @@ class Grouping:
 
 
 def is_llada2(config: Config) -> bool:
-    return matches_architecture(config, _MODEL_TYPE, _ARCHITECTURE)
+    return matches_architecture(config, _MODEL_TYPE, ARCHITECTURE)
 
 
 def read_shapes(config: Config) -> tuple[DenseShape, MoEShape, Grouping]:
@@ -111,7 +111,7 @@ def new_config(sizes: ModelSizes) -> Config:
     """A config.json for a new model: a dense layer, then 8 experts of half the width each, 2 per token."""
     expert_size = max(1, sizes.mlp_size // _NEW_EXPERTS_PER_TOKEN)
     return {
-        "architectures": [_ARCHITECTURE],
+        "architectures": [ARCHITECTURE],
         "model_type": _MODEL_TYPE,
         "block_size": sizes.block_length or _BLOCK_LENGTH,
         "eos_token_id": sizes.eos_id,

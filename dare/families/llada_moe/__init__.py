@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dare.families.base import FamilyType
-from dare.families.llada_moe.config import family_spec, is_llada_moe, new_config, read_shapes
+from dare.families.llada_moe.config import ARCHITECTURE, family_spec, is_llada_moe, new_config, read_shapes
 from dare.families.llada_moe.network import LLaDAMoENetwork
 
 LLADA_MOE = FamilyType(
     name="llada_moe",
+    architecture=ARCHITECTURE,
     matches=is_llada_moe,
     spec=family_spec,
     build=lambda config: LLaDAMoENetwork(*read_shapes(config)),

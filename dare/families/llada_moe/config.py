@@ -6,7 +6,7 @@ from dare.core.errors import DareError
 from dare.core.spec import FamilySpec
 from dare.families.config import Config, DenseShape, Fields, ModelSizes, MoEShape, eos_ids, matches_architecture
 
-_MODEL_TYPE, _ARCHITECTURE = "lladamoe", "LLaDAMoEModelLM"
+_MODEL_TYPE, ARCHITECTURE = "lladamoe", "LLaDAMoEModelLM"
 _SHARED_MODEL_TYPE = "llada"  # some published copies carry the model type of dense LLaDA
 _BLOCK_LENGTH = 32
 _MASK_ID = 156895  # published configs without mask_token_id mean this one
@@ -30,9 +30,9 @@ _OPTIONAL: dict[str, tuple[object, ...]] = {
 
 def is_llada_moe(config: Config) -> bool:
     """Whether a config is of LLaDA-MoE: by its architecture, or by a model type of LLaDA and experts."""
-    if matches_architecture(config, _MODEL_TYPE, _ARCHITECTURE):
+    if matches_architecture(config, _MODEL_TYPE, ARCHITECTURE):
         return True
-    return matches_architecture(config, _SHARED_MODEL_TYPE, _ARCHITECTURE) and bool(config.get("num_experts"))
+    return matches_architecture(config, _SHARED_MODEL_TYPE, ARCHITECTURE) and bool(config.get("num_experts"))
 
 
 def read_shapes(config: Config) -> tuple[DenseShape, MoEShape, bool]:
@@ -95,7 +95,7 @@ def family_spec(config: Config, generation_config: Config | None = None) -> Fami
 def new_config(sizes: ModelSizes) -> Config:
     """A config.json for a new model with 8 experts of half the width each, 2 per token."""
     config: Config = {
-        "architectures": [_ARCHITECTURE],
+        "architectures": [ARCHITECTURE],
         "model_type": _MODEL_TYPE,
         "attention_bias": False,
         "clip_qkv": None,

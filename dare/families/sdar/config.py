@@ -5,7 +5,7 @@ from __future__ import annotations
 from dare.core.spec import FamilySpec
 from dare.families.config import Config, DenseShape, Fields, ModelSizes, eos_ids, matches_architecture
 
-_MODEL_TYPE, _ARCHITECTURE = "sdar", "SDARForCausalLM"
+_MODEL_TYPE, ARCHITECTURE = "sdar", "SDARForCausalLM"
 _BLOCK_LENGTH = 4
 _MASK_ID = 151669  # published configs without mask_token_id mean this one
 
@@ -21,7 +21,7 @@ _OPTIONAL: dict[str, tuple[object, ...]] = {
 
 
 def is_sdar(config: Config) -> bool:
-    return matches_architecture(config, _MODEL_TYPE, _ARCHITECTURE)
+    return matches_architecture(config, _MODEL_TYPE, ARCHITECTURE)
 
 
 def read_shape(config: Config) -> DenseShape:
@@ -65,7 +65,7 @@ def family_spec(config: Config, generation_config: Config | None = None) -> Fami
 def new_config(sizes: ModelSizes) -> Config:
     """A config.json for a new model, with the constants of the released models."""
     return {
-        "architectures": [_ARCHITECTURE],
+        "architectures": [ARCHITECTURE],
         "model_type": _MODEL_TYPE,
         "attention_bias": False,
         "block_size": sizes.block_length or _BLOCK_LENGTH,

@@ -6,7 +6,7 @@ from dare.core.errors import DareError
 from dare.core.spec import FamilySpec
 from dare.families.config import Config, DenseShape, Fields, ModelSizes, MoEShape, eos_ids, matches_architecture
 
-_MODEL_TYPE, _ARCHITECTURE = "sdar_moe", "SDARMoeForCausalLM"
+_MODEL_TYPE, ARCHITECTURE = "sdar_moe", "SDARMoeForCausalLM"
 _BLOCK_LENGTH = 4  # the published config has neither a block length nor a mask id
 _MASK_ID = 151669
 _NEW_EXPERTS, _NEW_EXPERTS_PER_TOKEN = 8, 2
@@ -23,7 +23,7 @@ _OPTIONAL: dict[str, tuple[object, ...]] = {
 
 
 def is_sdar_moe(config: Config) -> bool:
-    return matches_architecture(config, _MODEL_TYPE, _ARCHITECTURE)
+    return matches_architecture(config, _MODEL_TYPE, ARCHITECTURE)
 
 
 def read_shapes(config: Config) -> tuple[DenseShape, MoEShape, bool]:
@@ -78,7 +78,7 @@ def family_spec(config: Config, generation_config: Config | None = None) -> Fami
 def new_config(sizes: ModelSizes) -> Config:
     """A config.json for a new model with 8 experts of half the width each, 2 per token."""
     return {
-        "architectures": [_ARCHITECTURE],
+        "architectures": [ARCHITECTURE],
         "model_type": _MODEL_TYPE,
         "attention_bias": False,
         "block_size": sizes.block_length or _BLOCK_LENGTH,
