@@ -112,7 +112,7 @@ class PolicyAlgorithm(GroupAlgorithm[PolicyOptionsT]):
     def token_loss(
         self, new: Tensor, old: Tensor, reference: Tensor | None, advantage: Tensor, is_scored: Tensor
     ) -> tuple[Tensor, dict[str, Metric]]:
-        """Both terms of each token: log-probs [*, S] under the three policies, advantages of rows [*] or tokens [*, S]."""
+        """Both terms of each token: log-probs [*, S] under three policies, advantages of rows [*] or tokens [*, S]."""
         advantage = advantage.double()
         advantage = advantage if advantage.dim() == new.dim() else advantage[:, None]
         item, metrics = self.policy_loss(new - old, advantage, is_scored)
