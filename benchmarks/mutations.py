@@ -189,7 +189,7 @@ def is_killed(mutation: Mutation) -> bool:
     """Whether a test fails on a copy of the package that has the fault. Raises ValueError if the place has moved."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
-        for name in ("dare", "tests", "recipes"):
+        for name in ("dare", "tests", "recipes", "docs"):
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", copy)
         path = copy / "dare" / mutation.file

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeVar
 
 from pydantic import Field
@@ -58,6 +59,11 @@ class TraceOptions(PolicyOptions):
         "scored",
         description="old log-probs: scored again by the trainer, or those that the rollout recorded at each commit",
     )
+    rollout_cap: float | None = Field(
+        None,
+        ge=1.0,
+        description="weigh tokens by min(old / rollout probability, cap), for rollouts of another engine; default: no",
+    )
 
 
 GroupOptionsT = TypeVar("GroupOptionsT", bound=GroupOptions)
@@ -106,8 +112,10 @@ class PolicyAlgorithm(GroupAlgorithm[PolicyOptionsT]):
     def token_loss(
         self, new: Tensor, old: Tensor, reference: Tensor | None, advantage: Tensor, is_scored: Tensor
     ) -> tuple[Tensor, dict[str, Metric]]:
-        """Both terms for each token: log-probs [*, S] under the three policies, advantages [*] of the rows."""
-        item, metrics = self.policy_loss(new - old, advantage.double()[:, None], is_scored)
+        """Both terms of each token: log-probs [*, S] under three policies, advantages of rows [*] or tokens [*, S]."""
+        advantage = advantage.double()
+        advantage = advantage if advantage.dim() == new.dim() else advantage[:, None]
+        item, metrics = self.policy_loss(new - old, advantage, is_scored)
         if reference is not None:
             kl, metrics["kl"] = self.kl_loss(new - reference, is_scored)
             item = item + kl
@@ -161,7 +169,7 @@ class TraceAlgorithm(PolicyAlgorithm[TraceOptionsT]):
         return self.options.old == "scored"
 
     def check_rollouts(self, decode: Decode) -> list[str]:
-        if self.options.old == "rollout":
+        if self.options.old == "rollout" or self.options.rollout_cap is not None:
             if self.options.score_temperature != "rollout":
                 raise self._not_the_same("algorithm.score_temperature", self.options.score_temperature, "rollout")
             if decode.cache in ("prefix", "dual"):
@@ -174,6 +182,21 @@ class TraceAlgorithm(PolicyAlgorithm[TraceOptionsT]):
         """[R, S]: `old_RS`, or the log-probs recorded at each commit. Raises DareError if there are none."""
         if self.options.old == "scored":
             return old_RS
+        return self._recorded(views, samples)
+
+    def token_advantages(self, old_RS: Tensor, views: Views, samples: Samples) -> Tensor:
+        """float64 [R, S]: the sample's advantage, with `rollout_cap` times the truncated importance weight.
+
+        The weight min(p_old / p_rollout, cap) corrects for a rollout engine whose numbers are not the trainer's (Yao
+        et al. 2025); it carries no gradient. Raises DareError if no rollout log-probs were recorded.
+        """
+        advantage_R1 = samples.advantage_B.double()[views.sample_R, None]
+        if self.options.rollout_cap is None:
+            return advantage_R1.expand(old_RS.shape)
+        gap_RS = (old_RS.double() - self._recorded(views, samples)) * views.is_target_RS
+        return advantage_R1 * gap_RS.clamp(max=math.log(self.options.rollout_cap)).exp()
+
+    def _recorded(self, views: Views, samples: Samples) -> Tensor:
         if samples.rollout_logp_BS is None:
             raise self._not_the_same("rollout log-probs", "none", "recorded at each commit")
         return samples.rollout_logp_BS[views.sample_R] * views.is_target_RS
@@ -184,5 +207,5 @@ class TraceAlgorithm(PolicyAlgorithm[TraceOptionsT]):
             where=where,
             got=got,
             expected=expected,
-            fix="set algorithm.old: scored",
+            fix="set algorithm.old: scored, without rollout_cap",
         )

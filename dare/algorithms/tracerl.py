@@ -50,7 +50,7 @@ class TraceRL(TraceAlgorithm[TraceRLOptions]):
         return self.options.beta > 0 and self.options.kl_to == "reference"
 
     def check_rollouts(self, decode: Decode) -> list[str]:
-        if self.options.old == "rollout" and self.options.shrink > 1:
+        if self.options.shrink > 1 and (self.options.old == "rollout" or self.options.rollout_cap is not None):
             raise self._not_the_same("algorithm.shrink", self.options.shrink, 1)
         return super().check_rollouts(decode)
 
@@ -70,8 +70,8 @@ class TraceRL(TraceAlgorithm[TraceRLOptions]):
         if is_faithful and is_blockwise:
             log_ratio_RS = log_ratio_RS.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
             difference_RS = difference_RS.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
-        advantage_R1 = samples.advantage_B.double()[views.sample_R, None]
-        item_RS, metrics = self.policy_loss(log_ratio_RS, advantage_R1, is_target_RS)
+        advantage_RS = self.token_advantages(old_RS, views, samples)
+        item_RS, metrics = self.policy_loss(log_ratio_RS, advantage_RS, is_target_RS)
         kl_RS, metrics["kl"] = self.kl_loss(difference_RS, is_target_RS)
         if not is_faithful:
             return Loss(reduce.masked_mean(item_RS + kl_RS, is_target_RS), metrics)

@@ -23,7 +23,7 @@ class UniGRPOOptions(PolicyOptions):
     beta: Beta = 0.01
     kl: KL = "k3"
     num_views: int = Field(2, ge=1, description="masks per sample and update, with evenly spread mask ratios")
-    t_min: float = Field(0.0, ge=0.0, lt=1.0, description="lowest mask ratio")
+    t_min: float = Field(1e-3, gt=0.0, lt=1.0, description="lowest mask ratio")
     t_max: float = Field(1.0, gt=0.0, le=1.0, description="highest mask ratio")
 
     @model_validator(mode="after")
@@ -53,7 +53,7 @@ class UniGRPO(PolicyAlgorithm[UniGRPOOptions]):
             samples,
             key,
             num_views=options.num_views,
-            t_min=max(options.t_min, 1e-3),
+            t_min=options.t_min,
             t_max=options.t_max,
             is_time_per_block=False,
             scope=corrupt.completion_scope(samples, "corrupted"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -268,3 +269,19 @@ def test_the_matrix_lists_every_algorithm(monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_families_table_knows_their_attention(families: dict[str, Family]) -> None:
     for name, family in families.items():
         assert FAMILIES[name].attention == family.spec.attention
+
+
+def test_the_tutorial_runs(families: dict[str, Family], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The algorithm of docs/adding.md, by its import path: d loss / d logp is -A over the scored tokens."""
+    page = (Path(__file__).parents[2] / "docs" / "adding.md").read_text(encoding="utf-8")
+    code = page.split("```python\n")[1].split("```")[0]
+    assert len(code.splitlines()) <= 60
+    (tmp_path / "tutorial_of_adding.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    algorithm = recipe_of("tutorial_of_adding:Mine", "sdar").algorithm.build()
+    for family in families.values():
+        samples = samples_of(family)
+        views = algorithm.corrupt(samples, Key(0))
+        _, grad_RS = loss_of(algorithm, logp_of(family, views, samples), views, samples)
+        expected_R1 = -samples.advantage_B[:, None] / samples.is_scored_BS.sum()
+        torch.testing.assert_close(grad_RS, expected_R1 * samples.is_scored_BS)

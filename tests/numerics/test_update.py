@@ -95,14 +95,15 @@ def test_replay_equals_the_gradient_of_the_full_graph(families: dict[str, Family
         torch.testing.assert_close(got[parameter], expected[parameter], rtol=1e-4, atol=2e-6 * scale)
 
 
+@pytest.mark.parametrize("family_name", ["llada", "sdar"])
 @pytest.mark.parametrize("name", list(ALGORITHMS))
-def test_an_update_does_not_depend_on_micro_batches(families: dict[str, Family], name: str) -> None:
+def test_an_update_does_not_depend_on_micro_batches(families: dict[str, Family], name: str, family_name: str) -> None:
     results = []
     for micro_batch_views in (1, 3, 1000):
         recipe = _recipe(name, micro_batch_views)
         algorithm = recipe.algorithm.build()
-        engine = _engine(families["llada"], recipe, needs_reference=algorithm.needs_reference)
-        samples = _samples(families["llada"])
+        engine = _engine(families[family_name], recipe, needs_reference=algorithm.needs_reference)
+        samples = _samples(families[family_name])
         iterations = plan_iterations(engine, algorithm, samples, Key(0), 1)
         metrics = update(engine, algorithm, samples, iterations[0])
         results.append(metrics)

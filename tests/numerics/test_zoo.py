@@ -254,6 +254,7 @@ def test_recorded_log_probs_are_the_old_policys(families: dict[str, Family], plu
     ("algorithm", "decode", "where"),
     [
         (TraceRL(TraceRLOptions(old="rollout", shrink=2)), {}, "shrink"),
+        (TraceRL(TraceRLOptions(rollout_cap=2.0, shrink=2)), {}, "shrink"),
         (AGRPO(AGRPOOptions(old="rollout")), {"cache": "dual"}, "decode.cache"),
         (CJGRPO(CJGRPOOptions(old="rollout")), {"cfg_scale": 1.0}, "cfg_scale"),
         (CJGRPO(CJGRPOOptions(old="rollout", score_temperature="one")), {}, "score_temperature"),
@@ -263,8 +264,26 @@ def test_recorded_log_probs_are_refused_where_they_differ(algorithm: Any, decode
     with pytest.raises(DareError) as caught:
         algorithm.check_rollouts(Decode(**decode))
     assert where in str(caught.value)
-    options = algorithm.options.model_copy(update={"old": "scored"})
+    options = algorithm.options.model_copy(update={"old": "scored", "rollout_cap": None})
     assert type(algorithm)(options).check_rollouts(Decode(**decode)) == []
+
+
+@pytest.mark.parametrize("plugin", [(CJGRPO, CJGRPOOptions), (TraceRL, TraceRLOptions), (AGRPO, AGRPOOptions)])
+def test_the_rollout_correction_is_a_truncated_weight(plugin: Any) -> None:
+    kind, options = plugin
+    samples = toy.make_samples(step_maps=[[1, 0, 2, 1]], advantages=[1.0])
+    plain, corrected = kind(options(beta=0.0)), kind(options(beta=0.0, rollout_cap=2.0))
+    views = plain.corrupt(samples, Key(0))
+    old_RS = toy.view_logp(views, samples.canvas)
+    recorded_BS = torch.zeros(samples.canvas.input_BS.shape).index_add(0, views.sample_R, old_RS.float())
+    expected = plain.loss(old_RS, old_RS, None, views, samples).value
+    for gap, weight in ((0.0, 1.0), (-0.3, math.exp(-0.3)), (5.0, 2.0)):
+        samples.rollout_logp_BS = recorded_BS - gap * samples.is_scored_BS
+        got = corrected.loss(old_RS, old_RS, None, views, samples)
+        close(got.value, float(expected) * weight, atol=1e-6)
+    samples.rollout_logp_BS = None
+    with pytest.raises(DareError, match="rollout's log-probs"):
+        corrected.loss(old_RS, old_RS, None, views, samples)
 
 
 def test_justgrpo_wants_left_to_right_rollouts() -> None:
@@ -348,9 +367,9 @@ def test_what_bgpo_divides_by() -> None:
     for block_length, scale in ((None, 4 / 2), (2, 1.0)):
         samples = toy.make_samples([[0, 1, 2, 0]], scored_lengths=[2], advantages=[1.0], block_length=block_length)
         grads = []
+        views = BGPO(BGPOOptions(num_mc=3)).corrupt(samples, Key(0))
         for variant in ("clean", "faithful"):
             algorithm = BGPO(BGPOOptions.model_validate({"num_mc": 3, "variant": variant}))
-            views = algorithm.corrupt(samples, Key(0))
             logp_RS = toy.view_logp(views, samples.canvas).requires_grad_()
             loss = algorithm.loss(logp_RS, logp_RS.detach(), None, views, samples)
             grads.append(torch.autograd.grad(loss.value, logp_RS)[0])
