@@ -213,7 +213,7 @@ class Family:
         """float32 [R, S] on the family's device, differentiable: log-prob of each target, nats; 0 elsewhere.
 
         canvas  R rows: row r lays out view r
-        load    counts which experts the real tokens are sent to; a family without experts leaves it empty
+        load    counts the experts of the real noisy tokens; a family without experts leaves it empty
 
         Full attention: one forward of the noisy canvas. Block-causal: one forward of [noisy | context], which
         scores every block given the context's blocks before it (BD3-LM, Arriola et al. 2025, section 3.2); views of
@@ -259,19 +259,23 @@ class Family:
         if pack is None:
             ids_RT, position_RT = torch.cat([noisy_RS, context_RS], dim=1), position_RS.repeat(1, 2)
             visible = blocks.two_stream_mask(block_RS, is_real_RS)
-            both = self._counted_hidden(ids_RT, position_RT, visible, is_real_RS.repeat(1, 2), load)
+            is_counted_RT = torch.cat([is_real_RS, torch.zeros_like(is_real_RS)], dim=1)
+            both = self._counted_hidden(ids_RT, position_RT, visible, is_counted_RT, load)
             return both[:, : noisy_RS.shape[1]]
         first = pack.first_G
         shared = SharedContext(pack.num_streams, *blocks.shared_context_masks(block_RS[first], is_real_RS[first]))
         position_GT = position_RS[first].repeat(1, pack.num_streams + 1)
-        ids_GT, is_real_GT = pack.ids(noisy_RS, context_RS), pack.is_real(is_real_RS)
-        return pack.views_of(self._counted_hidden(ids_GT, position_GT, shared, is_real_GT, load))
+        ids_GT, is_counted_GT = pack.ids(noisy_RS, context_RS), pack.in_noisy_streams(is_real_RS)
+        return pack.views_of(self._counted_hidden(ids_GT, position_GT, shared, is_counted_GT, load))
 
     def _counted_hidden(
-        self, ids_BT: Tensor, position_BT: Tensor, visible: Visible, is_real_BT: Tensor, load: ExpertLoad | None
+        self, ids_BT: Tensor, position_BT: Tensor, visible: Visible, is_counted_BT: Tensor, load: ExpertLoad | None
     ) -> Tensor:
-        """`hidden`, the experts of real tokens counted into `load` if there is one."""
-        with nullcontext() if load is None else load.counting(self.network, is_real_BT):
+        """`hidden`, the experts of the counted tokens added to `load` if there is one.
+
+        Clean streams are not counted: how many there are depends on how views are packed.
+        """
+        with nullcontext() if load is None else load.counting(self.network, is_counted_BT):
             return self.hidden(ids_BT, position_BT, visible)
 
     def hidden(self, ids_BT: Tensor, position_BT: Tensor, visible: Visible, cache: KVCache | None = None) -> Tensor:

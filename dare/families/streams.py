@@ -32,12 +32,12 @@ class StreamPack:
         streams_NS[self.slot_R] = noisy_RS
         return torch.cat([clean_GS, streams_NS.view(len(clean_GS), -1)], dim=1)
 
-    def is_real(self, is_real_RS: Tensor) -> Tensor:
-        """bool [G, (K + 1) S]: which positions of the input are real ones of a stream that is used."""
-        is_real_GS = is_real_RS[self.first_G]
-        streams_NS = torch.zeros_like(is_real_GS).repeat_interleave(self.num_streams, 0)
+    def in_noisy_streams(self, is_real_RS: Tensor) -> Tensor:
+        """bool [G, (K + 1) S]: which positions of the input are real ones of a noisy stream that is used."""
+        clean_GS = torch.zeros_like(is_real_RS[self.first_G])
+        streams_NS = clean_GS.repeat_interleave(self.num_streams, 0)
         streams_NS[self.slot_R] = is_real_RS
-        return torch.cat([is_real_GS, streams_NS.view(len(is_real_GS), -1)], dim=1)
+        return torch.cat([clean_GS, streams_NS.view(len(clean_GS), -1)], dim=1)
 
     def views_of(self, hidden_GTD: Tensor) -> Tensor:
         """[R, S, D]: the hidden states of each view's noisy stream."""
