@@ -52,7 +52,7 @@ def main() -> None:
         f"`python benchmarks/demo_seeds.py --seeds {' '.join(map(str, arguments.seeds))}`, {os.cpu_count()} CPU cores "
         f"({platform.machine()}), Python {platform.python_version()}. Held-out greedy solve rates with 95 % Wilson "
         "intervals. The held-out problems are the same for every seed; training problems, initial weights, masks and "
-        "rollouts follow the seed.",
+        "rollouts follow the seed. Wall times include whatever else the machine was doing.",
         "",
         "| family | seed | after SFT | after RL | gain | SFT + RL |",
         "|---|---:|---|---|---:|---:|",
