@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -17,10 +19,13 @@ from dare.families.layers.norm import RMSNorm
 from dare.families.layers.rope import rotation
 
 
-class DecoderNetwork(Network):
-    """Pre-norm layers between an embedding and a head, which may be tied; never causal by itself."""
+class StackedNetwork(Network):
+    """Layers between an embedding and a head, which may be tied; never causal by itself.
 
-    def __init__(self, shape: DenseShape, layers: Iterable[DecoderLayer]) -> None:
+    `model` holds `layers`, `norm` and, under the family's own name, the embedding.
+    """
+
+    def __init__(self, shape: DenseShape, model: nn.Module) -> None:
         super().__init__()
         self.num_layers = shape.num_layers
         self.num_kv_heads = shape.num_kv_heads
@@ -28,13 +33,18 @@ class DecoderNetwork(Network):
         self.logit_scale = shape.logit_scale
         self.rotary_dim = shape.rotary_dim
         self.rope_theta = shape.rope_theta
-        self.model = _Model(shape, layers)
+        self.model: Any = model  # nn.Module does not know the types of its children
         self.lm_head = None if shape.is_tied else nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
+
+    @property
+    @abstractmethod
+    def embedding(self) -> nn.Embedding:
+        """The embedding of `model`."""
 
     def forward(self, ids_BT: Tensor, position_BT: Tensor, visible: Visible, cache: KVCache | None = None) -> Tensor:
         turn = rotation(position_BT, self.rotary_dim, self.rope_theta)
         call = AttentionCall(position_BT, turn, visible, cache)
-        x_BTD: Tensor = self.model.embed_tokens(ids_BT)
+        x_BTD: Tensor = self.embedding(ids_BT)
         for index, layer in enumerate(self.model.layers):
             x_BTD = layer(x_BTD, index, call)
         normed: Tensor = self.model.norm(x_BTD)
@@ -42,7 +52,19 @@ class DecoderNetwork(Network):
 
     @property
     def head_weight(self) -> Tensor:
-        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        return self.embedding.weight if self.lm_head is None else self.lm_head.weight
+
+
+class DecoderNetwork(StackedNetwork):
+    """Pre-norm layers under the names of Qwen checkpoints."""
+
+    def __init__(self, shape: DenseShape, layers: Iterable[DecoderLayer]) -> None:
+        super().__init__(shape, _Model(shape, layers))
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        found: nn.Embedding = self.model.embed_tokens
+        return found
 
     def is_residual_output(self, name: str) -> bool:
         return name.endswith((".o_proj.weight", ".down_proj.weight", ".experts.down_proj"))

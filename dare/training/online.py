@@ -8,7 +8,7 @@ prompts -> generate G completions each -> rewards -> advantages
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -28,6 +28,8 @@ from dare.training.data import row_indices
 from dare.training.session import Session
 from dare.training.update import plan_iterations, update
 
+Row = TypeVar("Row")
+
 
 def run_online(session: Session, engine: Engine, algorithm: Algorithm[Any], task: Task[Any], tokenizer: Any) -> None:
     """Train on rewards from `session.first_step` to the end, evaluating, logging and saving on the way."""
@@ -35,9 +37,11 @@ def run_online(session: Session, engine: Engine, algorithm: Algorithm[Any], task
     if session.first_step == 0 and recipe.evaluation.at_start:
         evaluate_held_out(session, engine, task, tokenizer, step=0)
     for step in range(session.first_step + 1, recipe.train.steps + 1):
-        prompts = _prompts_of_step(recipe, task, step, key)
+        distinct = _prompts_of_step(recipe, task, step, key)
+        prompts = _repeated(distinct, recipe.train.completions_per_prompt)
         with session.phase("rollout"):
-            ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+            encoded = [encode_prompt(tokenizer, prompt) for prompt in distinct]
+            ids = _repeated(encoded, recipe.train.completions_per_prompt)
             sample_ids = [stable_id(prompt.uid, row) for row, prompt in enumerate(prompts)]
             rollout_key = key.fold("rollout", step)
             trace = engine.generate(ids, recipe.decode, rollout_key, sample_ids, session.reporter.advance)
@@ -117,11 +121,15 @@ def evaluate_held_out(session: Session, engine: Engine, task: Task[Any], tokeniz
 
 
 def _prompts_of_step(recipe: Recipe, task: Task[Any], step: int, key: Key) -> list[Prompt]:
-    """The prompts of a step, each repeated G times; a pure function of the step."""
+    """The prompts of a step, once each; a pure function of the step."""
     train = recipe.train
     chosen = row_indices(task.size("train"), train.prompts_per_step, step - 1, key.fold("prompts"))
-    prompts = [task.prompt("train", index) for index in chosen]
-    return [prompt for prompt in prompts for _ in range(train.completions_per_prompt)]
+    return [task.prompt("train", index) for index in chosen]
+
+
+def _repeated(rows: list[Row], num: int) -> list[Row]:
+    """Each row `num` times in a row: group-major."""
+    return [row for row in rows for _ in range(num)]
 
 
 def _show_samples(session: Session, step: int, scored: list[Scored], tokenizer: Any) -> None:

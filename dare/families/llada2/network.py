@@ -4,42 +4,25 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from dare.families.base import Network
 from dare.families.config import DenseShape, MoEShape
-from dare.families.layers.attention import AttentionCall, KVCache, Visible, rotary_attention
+from dare.families.decoder import StackedNetwork
+from dare.families.layers.attention import AttentionCall, rotary_attention
 from dare.families.layers.mlp import SwiGLU
 from dare.families.layers.moe import Experts, GroupedSigmoidRouter
 from dare.families.layers.norm import RMSNorm
-from dare.families.layers.rope import rotation
 from dare.families.llada2.config import Grouping
 
 
-class LLaDA2Network(Network):
+class LLaDA2Network(StackedNetwork):
     """Fused query/key/value, norms per head, half of each head rotates; the first layers are dense, the others MoE."""
 
     def __init__(self, shape: DenseShape, moe: MoEShape, grouping: Grouping) -> None:
-        super().__init__()
-        self.num_layers = shape.num_layers
-        self.num_kv_heads = shape.num_kv_heads
-        self.head_dim = shape.head_dim
-        self.logit_scale = shape.logit_scale
-        self.rotary_dim = shape.rotary_dim
-        self.rope_theta = shape.rope_theta
-        self.model = _Model(shape, moe, grouping)
-        self.lm_head = None if shape.is_tied else nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
-
-    def forward(self, ids_BT: Tensor, position_BT: Tensor, visible: Visible, cache: KVCache | None = None) -> Tensor:
-        turn = rotation(position_BT, self.rotary_dim, self.rope_theta)
-        call = AttentionCall(position_BT, turn, visible, cache)
-        x_BTD: Tensor = self.model.word_embeddings(ids_BT)
-        for index, layer in enumerate(self.model.layers):
-            x_BTD = layer(x_BTD, index, call)
-        normed: Tensor = self.model.norm(x_BTD)
-        return normed
+        super().__init__(shape, _Model(shape, moe, grouping))
 
     @property
-    def head_weight(self) -> Tensor:
-        return self.model.word_embeddings.weight if self.lm_head is None else self.lm_head.weight
+    def embedding(self) -> nn.Embedding:
+        found: nn.Embedding = self.model.word_embeddings
+        return found
 
     def is_residual_output(self, name: str) -> bool:
         return name.endswith((".attention.dense.weight", ".down_proj.weight", ".experts.down_proj"))

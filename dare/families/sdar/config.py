@@ -6,7 +6,7 @@ from dare.core.spec import FamilySpec
 from dare.families.config import Config, DenseShape, Fields, ModelSizes, eos_ids, matches_architecture
 
 _MODEL_TYPE, ARCHITECTURE = "sdar", "SDARForCausalLM"
-_BLOCK_LENGTH = 4
+BLOCK_LENGTH = 4
 _MASK_ID = 151669  # published configs without mask_token_id mean this one
 
 # Absent, these mean what is implemented.
@@ -52,7 +52,7 @@ def family_spec(config: Config, generation_config: Config | None = None) -> Fami
         name=_MODEL_TYPE,
         attention="block_causal",
         block_grid="sequence",
-        block_length=fields.integer("block_size", _BLOCK_LENGTH),
+        block_length=fields.integer("block_size", BLOCK_LENGTH),
         is_shifted=False,
         mask_id=fields.token("mask_token_id", vocab_size, _MASK_ID),
         eos_ids=eos,
@@ -68,7 +68,7 @@ def new_config(sizes: ModelSizes) -> Config:
         "architectures": [ARCHITECTURE],
         "model_type": _MODEL_TYPE,
         "attention_bias": False,
-        "block_size": sizes.block_length or _BLOCK_LENGTH,
+        "block_size": sizes.block_length or BLOCK_LENGTH,
         "eos_token_id": sizes.eos_id,
         "head_dim": sizes.head_dim or sizes.hidden_size // sizes.num_heads,
         "hidden_act": "silu",

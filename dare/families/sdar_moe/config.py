@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from dare.core.errors import DareError
 from dare.core.spec import FamilySpec
-from dare.families.config import Config, DenseShape, Fields, ModelSizes, MoEShape, eos_ids, matches_architecture
+from dare.families.config import Config, DenseShape, Fields, ModelSizes, MoEShape, matches_architecture
+from dare.families.sdar import config as sdar
 
 _MODEL_TYPE, ARCHITECTURE = "sdar_moe", "SDARMoeForCausalLM"
-_BLOCK_LENGTH = 4  # the published config has neither a block length nor a mask id
-_MASK_ID = 151669
 _NEW_EXPERTS, _NEW_EXPERTS_PER_TOKEN = 8, 2
 
 # Absent, these mean what is implemented.
@@ -57,22 +58,11 @@ def read_shapes(config: Config) -> tuple[DenseShape, MoEShape, bool]:
 
 
 def family_spec(config: Config, generation_config: Config | None = None) -> FamilySpec:
-    """What SDAR-MoE is to the rest of the framework. Raises DareError like `read_shapes`."""
-    fields = Fields(config)
-    vocab_size = fields.integer("vocab_size")
-    eos = eos_ids(config, generation_config, vocab_size)
-    return FamilySpec(
-        name=_MODEL_TYPE,
-        attention="block_causal",
-        block_grid="sequence",
-        block_length=fields.integer("block_size", _BLOCK_LENGTH),
-        is_shifted=False,
-        mask_id=fields.token("mask_token_id", vocab_size, _MASK_ID),
-        eos_ids=eos,
-        pad_id=fields.token("pad_token_id", vocab_size, eos[0]),
-        vocab_size=vocab_size,
-        max_length=fields.integer("max_position_embeddings"),
-    )
+    """What SDAR-MoE is to the rest of the framework: SDAR, whose grid and mask id its own configs leave out.
+
+    Raises DareError like `read_shapes`.
+    """
+    return dataclasses.replace(sdar.family_spec(config, generation_config), name=_MODEL_TYPE)
 
 
 def new_config(sizes: ModelSizes) -> Config:
@@ -81,7 +71,7 @@ def new_config(sizes: ModelSizes) -> Config:
         "architectures": [ARCHITECTURE],
         "model_type": _MODEL_TYPE,
         "attention_bias": False,
-        "block_size": sizes.block_length or _BLOCK_LENGTH,
+        "block_size": sizes.block_length or sdar.BLOCK_LENGTH,
         "decoder_sparse_step": 1,
         "eos_token_id": sizes.eos_id,
         "head_dim": sizes.head_dim or sizes.hidden_size // sizes.num_heads,
