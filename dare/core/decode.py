@@ -40,6 +40,9 @@ class Decode(Options):
     min_commit: int | None = Field(None, ge=1, description="for unmask: threshold, fewest tokens a step commits")
     factor: float | None = Field(None, gt=0.0, description="for unmask: factor (Fast-dLLM); default 1.0")
     entropy_bound: float | None = Field(None, gt=0.0, description="for unmask: entropy_bound, nats; default 0.35")
+    remask: Literal["none", "rcr"] = Field(
+        "none", description="rcr: mask the least confident tokens of the block again after every step (MDPO)"
+    )
     temperature: float = Field(0.0, ge=0.0, description="0 = greedy")
     top_k: int | None = Field(None, ge=1)
     top_p: float | None = Field(None, gt=0.0, le=1.0)
@@ -67,6 +70,11 @@ class Decode(Options):
             raise ValueError(
                 f"unmask: {self.unmask} decides itself how many tokens a step commits, but steps_per_block is "
                 f"{self.steps_per_block}; remove steps_per_block or choose a policy with a fixed schedule"
+            )
+        if self.remask == "rcr" and (self.is_dynamic or self.unmask in ("random", "left_to_right")):
+            raise ValueError(
+                f"remask: rcr ranks tokens by how sure the network was of them, on a fixed schedule, which "
+                f"unmask: {self.unmask} does not do; use low_confidence, max_prob, entropy or margin"
             )
         for field, policy in (
             ("threshold", "threshold"),

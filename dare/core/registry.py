@@ -22,6 +22,9 @@ ALGORITHMS: dict[str, Row] = {
     "coupled_grpo": Row("dare.algorithms.coupled_grpo:CoupledGRPO", "token ratios from coupled views (DiffuCoder)"),
     "espo": Row("dare.algorithms.espo:ESPO", "sequence-level ratio of coupled ELBO estimates"),
     "cj_grpo": Row("dare.algorithms.cj_grpo:CJGRPO", "token ratios replayed along the denoising trace"),
+    "mdpo": Row("dare.algorithms.mdpo:MDPO", "rewards every step's draft and trains the steps that matter"),
+    "dtreerpo": Row("dare.algorithms.dtreerpo:DTreeRPO", "branching rollouts, siblings compared, self-distillation"),
+    "tracerl_value": Row("dare.algorithms.tracerl_value:TraceRLValue", "trace replay with a diffusion value model"),
 }
 
 FAMILIES: dict[str, Row] = {

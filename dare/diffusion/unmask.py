@@ -35,6 +35,12 @@ def quota(num_masked_B: Tensor, num_steps: int, step_B: Tensor) -> Tensor:
     return num_masked_B // num_steps + (step_B < num_masked_B % num_steps)
 
 
+def cumulative_quota(num_masked_B: Tensor, num_steps: int, step_B: Tensor) -> Tensor:
+    """int64 [B]: tokens that are committed once step `step_B` is done: the sum of `quota` over steps 0..step_B."""
+    done_B = step_B + 1
+    return num_masked_B // num_steps * done_B + torch.minimum(done_B, num_masked_B % num_steps)
+
+
 def commits(policy: str, score_BK: Tensor, is_masked_BK: Tensor, quota_B: Tensor, decode: Decode) -> Tensor:
     """bool [B, K]: the positions to commit, a subset of `is_masked_BK`.
 
@@ -43,6 +49,19 @@ def commits(policy: str, score_BK: Tensor, is_masked_BK: Tensor, quota_B: Tensor
     Raises DareError for an unknown policy.
     """
     return find_policy(policy).rule(score_BK, is_masked_BK, quota_B, decode)
+
+
+def running_confidence(
+    score_BK: Tensor, is_masked_BK: Tensor, is_held_BK: Tensor, num_kept_B: Tensor
+) -> tuple[Tensor, Tensor]:
+    """bool [B, K] each: the masked positions to commit, and the held ones to mask again (RCR; MDPO, He et al. 2025).
+
+    Every masked position has a new candidate, every held one the score it was committed with; the `num_kept_B` best of
+    both stay. A token that is masked again is scored anew at its next prediction (the public code overwrites the score
+    too; a maximum over its predictions is not kept).
+    """
+    is_kept_BK = _best(score_BK, is_masked_BK | is_held_BK, num_kept_B)
+    return is_kept_BK & is_masked_BK, is_held_BK & ~is_kept_BK
 
 
 def is_distribution_only(policy: str) -> bool:

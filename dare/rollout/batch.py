@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,8 @@ class Batch:
     step_B        denoising steps that the row took
     block_step_B  those of its block
     is_done_B     whether nothing is left to do for the row
+    stop_B        denoising steps after which the row pauses
+    score_BS      the unmask policy's score of each committed token; kept where tokens may be masked again
     """
 
     canvas: Canvas
@@ -34,6 +37,8 @@ class Batch:
     step_B: Tensor
     block_step_B: Tensor
     is_done_B: Tensor
+    stop_B: Tensor
+    score_BS: Tensor
 
     @classmethod
     def begin(cls, canvas: Canvas, sample_id_B: Tensor, block_length: int, mask_id: int) -> Batch:
@@ -55,7 +60,21 @@ class Batch:
             step_B=zero_B,
             block_step_B=zero_B.clone(),
             is_done_B=torch.zeros_like(zero_B, dtype=torch.bool),
+            stop_B=torch.full_like(zero_B, torch.iinfo(torch.int64).max),
+            score_BS=torch.zeros_like(block_BS, dtype=torch.float32),
         )
+
+    def branch(self, index_H: Tensor, sample_id_H: Tensor, stop_H: Tensor) -> Batch:
+        """A copy of the chosen rows, in that order, that goes on under other sample ids to another stop."""
+        tensors = {
+            f.name: getattr(self, f.name)[index_H] for f in dataclasses.fields(self) if f.name[-2:] in ("_B", "BS")
+        }
+        changes = {**tensors, "canvas": self.canvas.rows(index_H), "sample_id_B": sample_id_H, "stop_B": stop_H}
+        return dataclasses.replace(self, **changes)
+
+    def is_active(self, row_H: Tensor) -> Tensor:
+        """bool [H]: whether rows have something left to do before they pause."""
+        return ~self.is_done_B[row_H] & (self.step_B[row_H] < self.stop_B[row_H])
 
     def window(self, row_H: Tensor) -> Tensor:
         """int64 [H, K]: positions of the rows' current blocks."""
@@ -66,6 +85,12 @@ class Batch:
         self.canvas.input_BS[row_N, position_N] = token_N
         self.step_map_BS[row_N, position_N] = self.step_B[row_N]
         self.logp_BS[row_N, position_N] = logp_N
+
+    def mask_again(self, row_N: Tensor, position_N: Tensor) -> None:
+        """Take tokens back out of the canvas."""
+        self.canvas.input_BS[row_N, position_N] = self.mask_id
+        self.step_map_BS[row_N, position_N] = UNSAMPLED
+        self.logp_BS[row_N, position_N] = 0.0
 
     def advance(self, row_N: Tensor) -> None:
         """Move rows to their next block, which is masked throughout."""

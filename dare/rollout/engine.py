@@ -13,7 +13,7 @@ A completion is therefore the same in any batch, order or company.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from dare.diffusion.trace import is_eos
 from dare.families.base import Family
 from dare.rollout.batch import Batch
 from dare.rollout.candidates import propose
+from dare.rollout.drafts import DraftLog, check_drafts
 from dare.rollout.forward import Hidden, make_forward
 from dare.rollout.plan import Plan, check_prompts, make_plan
 from dare.rollout.record import begin_batch, empty_trace, finished, record_batch
@@ -59,12 +60,14 @@ def denoise(
     sample_ids: list[int],
     *,
     weights_version: int = 0,
+    has_drafts: bool = False,
     on_step: Callable[[StepEvent], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> TraceBatch:
     """One completion per prompt, in order, on the CPU.
 
     sample_ids   with `key`, name the random numbers of each row: equal ids and prompts give equal completions
+    has_drafts   record every step's full prediction in `drafts`
     on_step      called after every denoising step
     on_progress  called with (positions settled, all completion positions) after every denoising step
 
@@ -78,6 +81,9 @@ def denoise(
         raise DareError("there is no prompt to complete", got="an empty list")
     plan = make_plan(family, decode)
     check_prompts(family, prompts)
+    log = DraftLog() if has_drafts else None
+    if has_drafts:
+        check_drafts(plan)
     canvas = family.empty_canvas(prompts, decode.gen_length, plan.block_length)
     trace = empty_trace(family, plan, canvas, sample_ids, weights_version)
     order_B = torch.tensor(sorted(range(len(prompts)), key=lambda row: len(prompts[row])))
@@ -86,38 +92,49 @@ def denoise(
         for index_B in torch.split(order_B, decode.batch_size):
             batch = begin_batch(family, plan, trace, index_B)
             num_others = num_waiting - batch.num_waiting()
-            for row_N, is_committed_NK in _steps(family, batch, plan, key):
+            if log is not None:
+                log.index_B = index_B
+            for row_N, is_committed_NK in denoising_steps(family, batch, plan, key, log):
                 if on_step is not None:
                     on_step(_event(batch, index_B, row_N, is_committed_NK, canvas.length))
                 if on_progress is not None:
                     on_progress(total - num_others - batch.num_waiting(), total)
             record_batch(batch, trace, index_B, family.spec.pad_id)
             num_waiting = num_others
-    return finished(trace)
+    done = finished(trace)
+    return done if log is None else replace(done, drafts=log.drafts(done.canvas.length))
 
 
-def _steps(family: Family, batch: Batch, plan: Plan, key: Key) -> Iterator[tuple[Tensor, Tensor]]:
-    """Denoise a batch to its end. After each step: the rows that took part and what they committed, bool [N, K]."""
-    row_H = torch.arange(batch.canvas.batch_size, device=batch.start_B.device)
-    forward = make_forward(family, batch, plan, row_H)
+def denoising_steps(
+    family: Family, batch: Batch, plan: Plan, key: Key, log: DraftLog | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Denoise every row of a batch to its end, or to where it pauses.
+
+    Yields after each step the rows that took part and what they committed, bool [N, K].
+    """
+    row_H = batch.is_active(torch.arange(batch.canvas.batch_size, device=batch.start_B.device)).nonzero()[:, 0]
+    if not len(row_H):
+        return
+    forward = make_forward(family, batch, plan, row_H, has_drafts=log is not None)
     while True:
         window_HK = batch.window(row_H)
-        is_masked_HK = _is_masked(batch, row_H, window_HK) & ~batch.is_done_B[row_H, None]
+        is_active_H = batch.is_active(row_H)
+        is_masked_HK = _is_masked(batch, row_H, window_HK) & is_active_H[:, None]
         is_denoising_H = is_masked_HK.any(-1)
         hidden = forward.read(row_H)
         if bool(is_denoising_H.any()):
-            is_committed_HK = _commit(family, batch, plan, key, row_H, is_masked_HK, hidden)
+            is_committed_HK = _commit(family, batch, plan, key, row_H, is_masked_HK, hidden, log)
             batch.step_B[row_H] += is_denoising_H
             batch.block_step_B[row_H] += is_denoising_H
-            is_complete_H = ~(is_masked_HK & ~is_committed_HK).any(-1)
+            is_complete_H = is_active_H & ~_is_masked(batch, row_H, window_HK).any(-1)
             batch.is_done_B[row_H] |= is_complete_H & _is_terminal(family, batch, plan, row_H, window_HK)
             yield row_H[is_denoising_H], is_committed_HK[is_denoising_H]
         else:
-            is_complete_H = torch.ones_like(is_denoising_H)
-        is_live_H = ~batch.is_done_B[row_H]
+            is_complete_H = is_active_H
         # With a store pass, a block is stored by the first forward that finds it complete.
-        is_left_H = ~is_denoising_H if forward.has_store_pass else is_complete_H
-        batch.advance(row_H[is_live_H & is_left_H])
+        is_left_H = is_active_H & (~is_denoising_H if forward.has_store_pass else is_complete_H)
+        batch.advance(row_H[is_left_H & ~batch.is_done_B[row_H]])
+        is_live_H = batch.is_active(row_H)
         num_live = int(is_live_H.sum())
         if num_live == 0:
             return
@@ -127,7 +144,14 @@ def _steps(family: Family, batch: Batch, plan: Plan, key: Key) -> Iterator[tuple
 
 
 def _commit(
-    family: Family, batch: Batch, plan: Plan, key: Key, row_H: Tensor, is_masked_HK: Tensor, hidden: Hidden
+    family: Family,
+    batch: Batch,
+    plan: Plan,
+    key: Key,
+    row_H: Tensor,
+    is_masked_HK: Tensor,
+    hidden: Hidden,
+    log: DraftLog | None,
 ) -> Tensor:
     """bool [H, K]: the positions that this step commits; the batch holds them afterwards."""
     place_N, column_N = is_masked_HK.nonzero(as_tuple=True)
@@ -142,16 +166,32 @@ def _commit(
         None if unconditional_HKD is None else unconditional_HKD[place_N, column_N],
         key.fold("token").uniform(*counters),
     )
-    policy = plan.decode.unmask
+    if log is not None:
+        log.add(family, batch, plan, key, row_H, is_masked_HK, hidden, found)
     score_N = found.score_N
-    if unmask.find_policy(policy).score == "uniform":
+    if unmask.find_policy(plan.decode.unmask).score == "uniform":
         score_N = key.fold("unmask").uniform(*counters).to(score_N.dtype)
     score_HK = torch.zeros(is_masked_HK.shape, dtype=score_N.dtype, device=score_N.device)
     score_HK[place_N, column_N] = score_N
-    quota_H = unmask.quota(batch.num_masked_B[row_H], plan.num_steps, batch.block_step_B[row_H])
-    is_committed_HK = unmask.commits(policy, score_HK, is_masked_HK, quota_H, plan.decode)
+    is_committed_HK = _choose(batch, plan, row_H, is_masked_HK, score_HK)
     chosen_N = is_committed_HK[place_N, column_N]
     batch.commit(row_N[chosen_N], position_N[chosen_N], found.token_N[chosen_N], found.logp_N[chosen_N])
+    return is_committed_HK
+
+
+def _choose(batch: Batch, plan: Plan, row_H: Tensor, is_masked_HK: Tensor, score_HK: Tensor) -> Tensor:
+    """bool [H, K]: the masked positions to commit; where tokens may be masked again, that has happened."""
+    schedule = (batch.num_masked_B[row_H], plan.num_steps, batch.block_step_B[row_H])
+    if plan.decode.remask == "none":
+        return unmask.commits(plan.decode.unmask, score_HK, is_masked_HK, unmask.quota(*schedule), plan.decode)
+    window_HK = batch.window(row_H)
+    place_HK = row_H[:, None].expand_as(window_HK)
+    is_held_HK = (batch.step_map_BS[place_HK, window_HK] >= 0) & is_masked_HK.any(-1, keepdim=True)
+    score_HK = torch.where(is_masked_HK, score_HK, batch.score_BS[place_HK, window_HK].to(score_HK.dtype))
+    num_kept_H = unmask.cumulative_quota(*schedule)
+    is_committed_HK, is_again_HK = unmask.running_confidence(score_HK, is_masked_HK, is_held_HK, num_kept_H)
+    batch.score_BS[place_HK[is_committed_HK], window_HK[is_committed_HK]] = score_HK[is_committed_HK].float()
+    batch.mask_again(place_HK[is_again_HK], window_HK[is_again_HK])
     return is_committed_HK
 
 
