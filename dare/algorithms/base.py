@@ -36,9 +36,8 @@ class Algorithm(ABC, Generic[OptionsT]):
         """Whether `loss` reads the frozen reference policy's log-probs."""
         return False
 
-    @property
-    def branching(self) -> tuple[int, ...]:
-        """Children of a node at each level of the rollout's trees; their product is the group size. () = no tree."""
+    def branching(self, num_leaves: int) -> tuple[int, ...]:
+        """Children of a node at each level of a rollout's trees, for groups of `num_leaves`; () = no trees."""
         return ()
 
     @property

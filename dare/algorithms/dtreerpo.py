@@ -24,8 +24,11 @@ class DTreeRPOOptions(PolicyOptions):
     eps: Epsilon = 0.4
     beta: Beta = 0.01
     kl: KL = "k3"
-    branching: tuple[int, ...] = Field(
-        (4, 4), min_length=1, description="children per node at each level; the product is the group size"
+    branching: tuple[int, ...] | None = Field(
+        None,
+        min_length=1,
+        description="children per node at each level, their product the group size; default: two levels, as even as "
+        "the group size allows",
     )
     lambda_max: float = Field(3e-3, ge=0.0, description="final weight of self-distillation; 0 = off")
     lambda_growth: float = Field(2.0, gt=0.0, description="gamma: how late in the run the weight grows")
@@ -58,9 +61,11 @@ class DTreeRPO(PolicyAlgorithm[DTreeRPOOptions]):
     Config = DTreeRPOOptions
     needs: ClassVar[frozenset[Record]] = frozenset({"tree"})
 
-    @property
-    def branching(self) -> tuple[int, ...]:
-        return self.options.branching
+    def branching(self, num_leaves: int) -> tuple[int, ...]:
+        if self.options.branching is not None:
+            return self.options.branching
+        below = max(size for size in range(1, math.isqrt(num_leaves) + 1) if num_leaves % size == 0)
+        return (num_leaves,) if below == 1 else (num_leaves // below, below)
 
     def corrupt(self, samples: Samples, key: Key) -> Views:
         tree = _tree(samples)

@@ -75,14 +75,15 @@ def _check_records(recipe: Recipe, algorithm: Any) -> None:
             got=f"cache: {decode.cache}, cfg_scale: {decode.cfg_scale}",
             fix="set cache: auto and cfg_scale: 0",
         )
-    branching = recipe.algorithm.build().branching
-    if branching and math.prod(branching) != recipe.train.completions_per_prompt:
+    num_leaves = recipe.train.completions_per_prompt
+    branching = recipe.algorithm.build().branching(num_leaves)
+    if branching and math.prod(branching) != num_leaves:
         raise DareError(
             f"the completions of a prompt are the leaves of a tree with branching {list(branching)}",
             where="train.completions_per_prompt",
-            got=recipe.train.completions_per_prompt,
+            got=num_leaves,
             expected=math.prod(branching),
-            fix=f"set train.completions_per_prompt: {math.prod(branching)}",
+            fix=f"set train.completions_per_prompt: {math.prod(branching)}, or leave branching to its default",
         )
     if branching and (decode.is_dynamic or decode.cache in ("prefix", "dual")):
         raise DareError(

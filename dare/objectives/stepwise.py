@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 def draft_gains(reward_D: Tensor, sample_D: Tensor, step_D: Tensor) -> Tensor:
     """float64 [D]: what each step's draft gained, and what came of it (MDPO, He et al. 2025).
 
-    (R_t - R_{t-1}) + 1 + mean of the rewards of later drafts of the sample; the first step gains nothing over itself,
-    the last one has its own reward in the place of later ones. The 1 of the paper cancels within a group. Every sample
+    (R_t - R_{t-1}) + 1 + mean of the rewards of later drafts of the sample, with R_{-1} = 0; the last step has its own
+    reward in the place of later ones. The 1 of the paper cancels within a group. Every sample
     has drafts of the steps 0, 1, 2, ...
     """
     num_samples, num_steps = int(sample_D.max()) + 1, int(step_D.max()) + 1
@@ -26,7 +26,7 @@ def draft_gains(reward_D: Tensor, sample_D: Tensor, step_D: Tensor) -> Tensor:
     num_later_BT = count_BT.flip(-1).cumsum(-1).flip(-1) - count_BT
     later_BT = divide(reward_BT.flip(-1).cumsum(-1).flip(-1) - reward_BT, num_later_BT)
     later_BT = torch.where(num_later_BT == 0, reward_BT, later_BT)
-    before_BT = torch.cat([reward_BT[:, :1], reward_BT[:, :-1]], dim=-1)
+    before_BT = torch.cat([torch.zeros_like(reward_BT[:, :1]), reward_BT[:, :-1]], dim=-1)
     return (reward_BT - before_BT + 1.0 + later_BT)[sample_D, step_D]
 
 

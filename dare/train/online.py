@@ -46,7 +46,7 @@ def run_online(session: Session, engine: Engine, algorithm: Algorithm[Any], task
                 key.fold("rollout", step),
                 sample_ids,
                 has_drafts="drafts" in algorithm.needs,
-                branching=algorithm.branching,
+                branching=algorithm.branching(recipe.train.completions_per_prompt),
             )
         with session.phase("reward"):
             scored = score_trace(task, prompts, trace, tokenizer)
