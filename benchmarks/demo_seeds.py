@@ -1,8 +1,9 @@
 """The demo's two stages for several seeds and both families: solve rates before and after RL, and wall time.
 
-    python benchmarks/demo_seeds.py --seeds 0 1 2 --out runs/seeds     # resumes; writes benchmarks/results/demo_seeds.md
+    python benchmarks/demo_seeds.py --seeds 0 1 2 --out runs/seeds
 
-Every number is read back from the run folders' own logs.
+Resumes what is unfinished and writes benchmarks/results/demo_seeds.md. Every number is read back from the run
+folders' own logs.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def evaluations(run: Path) -> list[dict[str, Any]]:
 
 def rate(evaluation: dict[str, Any]) -> str:
     low, high = 100 * evaluation["low"], 100 * evaluation["high"]
-    return f"{evaluation['num_solved']}/{evaluation['num']} = {100 * evaluation['solve_rate']:.1f} % [{low:.1f}, {high:.1f}]"
+    counts = f"{evaluation['num_solved']}/{evaluation['num']}"
+    return f"{counts} = {100 * evaluation['solve_rate']:.1f} % [{low:.1f}, {high:.1f}]"
 
 
 def main() -> None:
@@ -47,10 +49,10 @@ def main() -> None:
     lines = [
         "# The demo for several seeds",
         "",
-        f"`python benchmarks/demo_seeds.py --seeds {' '.join(map(str, arguments.seeds))}` on {os.cpu_count()} CPU cores "
-        f"({platform.machine()}), Python {platform.python_version()}. Held-out greedy solve rate, 95 % Wilson intervals; the "
-        "held-out problems are the same for every seed, everything else (training problems, initial weights, masks, rollouts) "
-        "follows the seed.",
+        f"`python benchmarks/demo_seeds.py --seeds {' '.join(map(str, arguments.seeds))}`, {os.cpu_count()} CPU cores "
+        f"({platform.machine()}), Python {platform.python_version()}. Held-out greedy solve rates with 95 % Wilson "
+        "intervals. The held-out problems are the same for every seed; training problems, initial weights, masks and "
+        "rollouts follow the seed.",
         "",
         "| family | seed | after SFT | after RL | gain | SFT + RL |",
         "|---|---:|---|---|---:|---:|",

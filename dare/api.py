@@ -20,8 +20,8 @@ from dare.evals.runner import evaluate_task
 from dare.model import Model, load
 from dare.rollout.engine import denoise
 from dare.terminal.progress import NullReporter
-from dare.train.run import train as run_recipe
-from dare.train.session import Reporter
+from dare.training.run import train as run_recipe
+from dare.training.session import Reporter
 
 
 def train(
@@ -72,7 +72,7 @@ def evaluate(
         choice = TaskChoice.model_validate(task)
         options = Decode.model_validate(decode)
     except ValidationError as error:
-        raise explain(error, Decode, where="evaluate") from None
+        raise explain(error, Decode, where="evaluate", what="the options are") from None
 
     def generate(prompts: list[list[int]], decode: Decode, key: Key, sample_ids: list[int]) -> TraceBatch:
         return denoise(family, prompts, decode, key, sample_ids)

@@ -28,7 +28,8 @@ class _Group(TyperGroup):
             _fail(f"no permission to write or read\n  where: {error.filename}")
             raise typer.Exit(EXIT_USER_ERROR) from error
         except KeyboardInterrupt as error:
-            typer.secho("interrupted", fg="yellow", err=True)
+            advice = f": {error}" if error.args else ""
+            typer.secho(f"interrupted{advice}", fg="yellow", err=True)
             raise typer.Exit(EXIT_INTERRUPTED) from error
 
 
@@ -92,9 +93,8 @@ def train(
     reporter = NullReporter() if quiet else ConsoleReporter()
     try:
         api.train(resolved, out or Path("runs") / resolved.name, is_resumed=resume, reporter=reporter)
-    except KeyboardInterrupt:
-        typer.echo("the same command with --resume continues from the last checkpoint", err=True)
-        raise
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt("the same command with --resume continues from the last checkpoint") from error
 
 
 @app.command("eval", short_help="Solve rate on held-out problems, with its interval.")
@@ -158,16 +158,18 @@ def generate(
 ) -> None:
     """Generate: one completion per prompt, greedy unless temperature says otherwise.
 
+    Without options, a checkpoint of a run decodes as that run is evaluated.
+
     \b
     Examples:
       dare generate runs/rl --prompt "3 5 7>22=" gen_length=16 --trace
       dare generate GSAI-ML/LLaDA-8B-Instruct --chat --prompt "Who are you?" gen_length=64 block_length=32
       dare generate runs/rl --file prompts.jsonl temperature=1.0 --seed 1 --json
     """
-    from dare.terminal.settings import parse_options, read_prompts
+    from dare.terminal.settings import generation_options, read_prompts
 
     prompts = read_prompts(prompt or [], prompt_ids or [], file, is_chat=is_chat)
-    decode = parse_options(overrides or [])
+    decode = generation_options(checkpoint, overrides or [])
     model = _load_model(checkpoint, device, dtype)
     from dare.terminal.canvas import CanvasView
     from dare.terminal.completions import print_completions
@@ -269,8 +271,8 @@ def inspect(
     from rich.console import Console
 
     from dare.terminal.rows import print_legend, print_row
-    from dare.train.data import inspect_row
-    from dare.train.run import training_rows
+    from dare.training.data import inspect_row
+    from dare.training.run import training_rows
 
     tokenizer, rows = training_rows(resolved)
     console = Console(highlight=False)

@@ -24,7 +24,7 @@ from dare.families.tokenizer import decode as decode_text
 from dare.families.tokenizer import encode_completion, encode_prompt, load_tokenizer
 from dare.families.weights import load_family, resolve_checkpoint, save_family
 from dare.rollout.engine import denoise
-from dare.train.checkpoint import resolve_model_path
+from dare.training.checkpoint import resolve_model_path
 
 PromptLike = str | Sequence[int] | Sequence[Message]
 
@@ -84,7 +84,7 @@ class Model:
         try:
             options = Decode.model_validate(decode)
         except ValidationError as error:
-            raise explain(error, Decode, where="decode options") from None
+            raise explain(error, Decode, where="generate", what="the decode options are") from None
         if isinstance(prompts, str):
             raise DareError("prompts is a list", got="one string", fix="model.generate([text], ...)")
         ids = [self._encode(prompt) for prompt in prompts]

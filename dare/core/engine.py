@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+Progress = Callable[[int, int], None]
 Role = Literal["policy", "critic"]
 
 
@@ -35,15 +37,17 @@ class Engine(Protocol):
         decode: Decode,
         key: Key,
         sample_ids: list[int],
+        on_progress: Progress | None = None,
         *,
         has_drafts: bool = False,
         branching: tuple[int, ...] = (),
     ) -> TraceBatch:
         """One completion per row, with the weights of the last `publish`.
 
-        has_drafts  record every step's full prediction
-        branching   grow trees with that many children per node at each level; adjacent rows of one prompt are the
-                    leaves of a tree. () = independent completions
+        on_progress  called with (positions settled, all completion positions) as they are
+        has_drafts   record every step's full prediction
+        branching    grow trees with that many children per node at each level; adjacent rows of one prompt are the
+                     leaves of a tree. () = independent completions
         """
         ...
 

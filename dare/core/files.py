@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -110,10 +110,11 @@ class JsonLines:
         self._file.close()
 
 
-def read_lines(path: Path, convert: Callable[[dict[str, Any]], Any] = dict) -> list[Any]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a JSON-lines log; a last line that is still being written is ignored."""
     if not path.exists():
         return []
     text = path.read_text(encoding="utf-8", errors="replace")
-    complete = text[: text.rfind("\n") + 1]
-    return [convert(json.loads(line)) for line in complete.splitlines() if line.strip()]
+    # Not splitlines(): a completion may hold other characters that end lines, which JSON leaves as they are.
+    complete = text[: text.rfind("\n") + 1].split("\n")
+    return [json.loads(line) for line in complete if line.strip()]

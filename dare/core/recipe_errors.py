@@ -11,8 +11,8 @@ from pydantic import BaseModel, ValidationError
 from dare.core.errors import DareError
 
 
-def explain(error: ValidationError, model: type[BaseModel], *, where: str) -> DareError:
-    """One line per wrong key."""
+def explain(error: ValidationError, model: type[BaseModel], *, where: str, what: str = "the recipe is") -> DareError:
+    """One line per wrong key; `what` begins the sentence."""
     lines = []
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"])
@@ -27,9 +27,9 @@ def explain(error: ValidationError, model: type[BaseModel], *, where: str) -> Da
             lines.append(f"{key}: {message}{shown}" if key else message)
     first, *more = lines
     if not more:
-        return DareError(f"the recipe is wrong at {first}", where=where)
+        return DareError(f"{what} wrong at {first}", where=where)
     listed = "\n".join(f"  - {line}" for line in lines)
-    return DareError(f"the recipe is wrong in {len(lines)} places\n{listed}", where=where)
+    return DareError(f"{what} wrong in {len(lines)} places\n{listed}", where=where)
 
 
 def _closest(location: tuple[int | str, ...], model: type[BaseModel]) -> str:

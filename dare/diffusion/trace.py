@@ -12,27 +12,26 @@ from typing import TYPE_CHECKING
 
 from dare.core.lazy import torch
 from dare.core.text import Completion
-from dare.core.types import UNSAMPLED, Drafts, TraceBatch
+from dare.core.types import Drafts, TraceBatch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 def num_steps(trace: TraceBatch) -> int:
-    """Denoising steps of the row that took most; 0 if nothing was sampled."""
-    return max(int(trace.step_map_BS.max()) + 1, 0) if trace.step_map_BS.numel() else 0
+    """Denoising steps of the row that took most."""
+    return int(trace.nfe_B.max())
 
 
 def canvas_before(trace: TraceBatch, step: int) -> Tensor:
     """int64 [B, S]: what each row's own denoising step `step` (0-based) read, bit for bit.
 
-    Rows that took fewer steps are at their final canvas. Raises ValueError for a trace in which committed tokens were
-    masked again.
+    Rows that took fewer steps are at their final canvas. Positions never sampled hold the mask token there already.
+    Raises ValueError for a trace in which committed tokens were masked again.
     """
     if trace.decode.get("remask", "none") != "none":
         raise ValueError("a step map does not say what was masked again; record drafts")
-    is_masked_BS = (trace.step_map_BS >= step) | (trace.step_map_BS == UNSAMPLED)
-    return torch.where(is_masked_BS, trace.mask_id, trace.canvas.input_BS)
+    return torch.where(trace.step_map_BS >= step, trace.mask_id, trace.canvas.input_BS)
 
 
 def is_eos(ids: Tensor, eos_ids: Sequence[int]) -> Tensor:

@@ -10,7 +10,7 @@ from dare.core.decode import Decode
 from dare.core.rng import Key, stable_id
 from dare.core.text import Completion, Prompt, Reward
 from dare.core.types import TraceBatch
-from dare.diffusion.trace import to_completions
+from dare.diffusion.trace import scored_mask, to_completions
 from dare.evals.intervals import wilson
 from dare.families.tokenizer import decode as decode_text
 from dare.families.tokenizer import encode_prompt
@@ -28,14 +28,17 @@ class Scored:
     completion: Completion
     text: str
     reward: Reward
+    blocks: list[int]  # of each token of the completion
 
 
 def score_trace(task: Task[Any], prompts: list[Prompt], trace: TraceBatch, tokenizer: Any) -> list[Scored]:
     """Decode and reward every row of a rollout; `prompts` has one entry per row."""
     scored = []
-    for prompt, completion in zip(prompts, to_completions(trace), strict=True):
+    is_scored_BS = scored_mask(trace)
+    for row, (prompt, completion) in enumerate(zip(prompts, to_completions(trace), strict=True)):
         text = decode_text(tokenizer, completion.tokens)
-        scored.append(Scored(prompt, completion, text, task.reward(prompt, text)))
+        blocks = trace.canvas.block_BS[row][is_scored_BS[row]].tolist()
+        scored.append(Scored(prompt, completion, text, task.reward(prompt, text), blocks))
     return scored
 
 
@@ -97,5 +100,6 @@ def as_record(item: Scored, tokenizer: Any) -> dict[str, Any]:
         "nfe": completion.nfe,
         "tokens": tokenizer.convert_ids_to_tokens(completion.tokens),
         "step_map": completion.step_map,
+        "block": item.blocks,
         "logp": [round(value, 4) for value in completion.logp],
     }

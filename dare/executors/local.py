@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dare.core.decode import Decode
-from dare.core.engine import Role
+from dare.core.engine import Progress, Role
 from dare.core.errors import DareError
 from dare.core.recipe import Recipe
 from dare.core.rng import Key
@@ -25,7 +25,7 @@ from dare.families.critic import Critic
 from dare.families.weights import load_weights, save_family
 from dare.rollout.engine import denoise
 from dare.rollout.tree import grow_trees
-from dare.train.optim import Optimizer
+from dare.training.optim import Optimizer
 
 
 class LocalEngine:
@@ -77,6 +77,7 @@ class LocalEngine:
         decode: Decode,
         key: Key,
         sample_ids: list[int],
+        on_progress: Progress | None = None,
         *,
         has_drafts: bool = False,
         branching: tuple[int, ...] = (),
@@ -84,7 +85,16 @@ class LocalEngine:
         version = self.weights_version
         if branching:
             return grow_trees(self.family, prompts, decode, key, sample_ids, branching, weights_version=version)
-        return denoise(self.family, prompts, decode, key, sample_ids, weights_version=version, has_drafts=has_drafts)
+        return denoise(
+            self.family,
+            prompts,
+            decode,
+            key,
+            sample_ids,
+            weights_version=version,
+            has_drafts=has_drafts,
+            on_progress=on_progress,
+        )
 
     def score(self, views: Views, samples: Samples, *, is_reference: bool = False, role: Role = "policy") -> Tensor:
         if is_reference and self.reference is None:

@@ -80,6 +80,10 @@ class Batch:
         """int64 [H, K]: positions of the rows' current blocks."""
         return self.start_B[row_H, None] + torch.arange(self.block_length, device=row_H.device)
 
+    def masked(self, row_H: Tensor) -> Tensor:
+        """bool [H, K]: positions of the current blocks that hold the mask token; none in a row that is done."""
+        return self.canvas.input_BS[row_H[:, None], self.window(row_H)] == self.mask_id
+
     def commit(self, row_N: Tensor, position_N: Tensor, token_N: Tensor, logp_N: Tensor) -> None:
         """Fix tokens into the canvas, as decided by the rows' current denoising step."""
         self.canvas.input_BS[row_N, position_N] = token_N
@@ -91,6 +95,11 @@ class Batch:
         self.canvas.input_BS[row_N, position_N] = self.mask_id
         self.step_map_BS[row_N, position_N] = UNSAMPLED
         self.logp_BS[row_N, position_N] = 0.0
+
+    def count_step(self, row_H: Tensor, is_denoising_H: Tensor) -> None:
+        """The rows that took part in a denoising step are at their next one."""
+        self.step_B[row_H] += is_denoising_H
+        self.block_step_B[row_H] += is_denoising_H
 
     def advance(self, row_N: Tensor) -> None:
         """Move rows to their next block, which is masked throughout."""

@@ -87,126 +87,111 @@ def denoise(
     canvas = family.empty_canvas(prompts, decode.gen_length, plan.block_length)
     trace = empty_trace(family, plan, canvas, sample_ids, weights_version)
     order_B = torch.tensor(sorted(range(len(prompts)), key=lambda row: len(prompts[row])))
-    total = num_waiting = int(canvas.is_completion_BS.sum())
+    num_total = int(canvas.is_completion_BS.sum())
+    num_later = num_total  # in batches that have not begun
     with torch.no_grad():
         for index_B in torch.split(order_B, decode.batch_size):
             batch = begin_batch(family, plan, trace, index_B)
-            num_others = num_waiting - batch.num_waiting()
+            num_later -= batch.num_waiting()
             if log is not None:
                 log.index_B = index_B
-            for row_N, is_committed_NK in denoising_steps(family, batch, plan, key, log):
+            for row_N, is_committed_NK in Run(family, plan, key, batch, log).steps():
                 if on_step is not None:
                     on_step(_event(batch, index_B, row_N, is_committed_NK, canvas.length))
                 if on_progress is not None:
-                    on_progress(total - num_others - batch.num_waiting(), total)
+                    on_progress(num_total - num_later - batch.num_waiting(), num_total)
             record_batch(batch, trace, index_B, family.spec.pad_id)
-            num_waiting = num_others
     done = finished(trace)
     return done if log is None else replace(done, drafts=log.drafts(done.canvas.length))
 
 
-def denoising_steps(
-    family: Family, batch: Batch, plan: Plan, key: Key, log: DraftLog | None = None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Denoise every row of a batch to its end, or to where it pauses.
+@dataclass(frozen=True)
+class Run:
+    """One batch on its way through the loop; `log`, if there is one, hears of every prediction."""
 
-    Yields after each step the rows that took part and what they committed, bool [N, K].
-    """
-    row_H = batch.is_active(torch.arange(batch.canvas.batch_size, device=batch.start_B.device)).nonzero()[:, 0]
-    if not len(row_H):
-        return
-    forward = make_forward(family, batch, plan, row_H, has_drafts=log is not None)
-    while True:
-        window_HK = batch.window(row_H)
-        is_active_H = batch.is_active(row_H)
-        is_masked_HK = _is_masked(batch, row_H, window_HK) & is_active_H[:, None]
-        is_denoising_H = is_masked_HK.any(-1)
-        hidden = forward.read(row_H)
-        if bool(is_denoising_H.any()):
-            is_committed_HK = _commit(family, batch, plan, key, row_H, is_masked_HK, hidden, log)
-            batch.step_B[row_H] += is_denoising_H
-            batch.block_step_B[row_H] += is_denoising_H
-            is_complete_H = is_active_H & ~_is_masked(batch, row_H, window_HK).any(-1)
-            batch.is_done_B[row_H] |= is_complete_H & _is_terminal(family, batch, plan, row_H, window_HK)
-            yield row_H[is_denoising_H], is_committed_HK[is_denoising_H]
-        else:
-            is_complete_H = is_active_H
-        # With a store pass, a block is stored by the first forward that finds it complete.
-        is_left_H = is_active_H & (~is_denoising_H if forward.has_store_pass else is_complete_H)
-        batch.advance(row_H[is_left_H & ~batch.is_done_B[row_H]])
-        is_live_H = batch.is_active(row_H)
-        num_live = int(is_live_H.sum())
-        if num_live == 0:
+    family: Family
+    plan: Plan
+    key: Key
+    batch: Batch
+    log: DraftLog | None = None
+
+    def steps(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Denoise every row to its end, or to where it pauses.
+
+        After each step: the N rows that took part and what they committed, bool [N, K].
+        """
+        batch = self.batch
+        row_H = torch.arange(batch.canvas.batch_size, device=batch.start_B.device)
+        row_H = row_H[batch.is_active(row_H)]
+        if not len(row_H):
             return
-        if num_live < len(row_H) and num_live <= forward.keeps_rows_until * len(row_H):
-            forward.keep(is_live_H.nonzero()[:, 0])
-            row_H = row_H[is_live_H]
+        forward = make_forward(self.family, batch, self.plan, row_H, has_drafts=self.log is not None)
+        while len(row_H):
+            is_active_H = batch.is_active(row_H)
+            is_masked_HK = batch.masked(row_H) & is_active_H[:, None]
+            is_denoising_H = is_masked_HK.any(-1)
+            has_step = bool(is_denoising_H.any())  # else all rows only store their blocks
+            hidden = forward.read(row_H)
+            is_committed_HK = self._commit(row_H, is_masked_HK, hidden) if has_step else is_masked_HK
+            is_complete_H = is_active_H & ~batch.masked(row_H).any(-1)
+            batch.count_step(row_H, is_denoising_H)
+            batch.is_done_B[row_H] |= is_complete_H & self._is_terminal(row_H)
+            if has_step:
+                yield row_H[is_denoising_H], is_committed_HK[is_denoising_H]
+            # With a store pass, a block is stored by the first forward that finds it complete.
+            is_leaving_H = is_active_H & (~is_denoising_H if forward.has_store_pass else is_complete_H)
+            batch.advance(row_H[is_leaving_H & ~batch.is_done_B[row_H]])
+            is_live_H = batch.is_active(row_H)
+            if int(is_live_H.sum()) <= forward.keeps_rows_until * len(row_H):
+                forward.keep(is_live_H.nonzero()[:, 0])
+                row_H = row_H[is_live_H]
 
+    def _commit(self, row_H: Tensor, is_masked_HK: Tensor, hidden: Hidden) -> Tensor:
+        """bool [H, K]: the positions that this step commits; the batch holds them afterwards."""
+        batch, decode = self.batch, self.plan.decode
+        place_N, column_N = is_masked_HK.nonzero(as_tuple=True)
+        row_N = row_H[place_N]
+        position_N = batch.start_B[row_N] + column_N
+        counters = (batch.sample_id_B[row_N], position_N, batch.step_B[row_N])
+        uniform_N = self.key.fold("token").uniform(*counters)
+        found = propose(self.family, self.plan, *hidden.at(place_N, column_N), uniform_N)
+        if self.log is not None:
+            self.log.add(self.family, batch, self.plan, self.key, row_H, is_masked_HK, hidden, found)
+        score_N = found.score_N
+        if unmask.find_policy(decode.unmask).score == "uniform":
+            score_N = self.key.fold("unmask").uniform(*counters)
+        score_HK = torch.zeros(is_masked_HK.shape, dtype=score_N.dtype, device=score_N.device)
+        score_HK[place_N, column_N] = score_N
+        is_committed_HK = self._choose(row_H, is_masked_HK, score_HK)
+        chosen_N = is_committed_HK[place_N, column_N]
+        batch.commit(row_N[chosen_N], position_N[chosen_N], found.token_N[chosen_N], found.logp_N[chosen_N])
+        return is_committed_HK
 
-def _commit(
-    family: Family,
-    batch: Batch,
-    plan: Plan,
-    key: Key,
-    row_H: Tensor,
-    is_masked_HK: Tensor,
-    hidden: Hidden,
-    log: DraftLog | None,
-) -> Tensor:
-    """bool [H, K]: the positions that this step commits; the batch holds them afterwards."""
-    place_N, column_N = is_masked_HK.nonzero(as_tuple=True)
-    row_N = row_H[place_N]
-    position_N = batch.start_B[row_N] + column_N
-    counters = (batch.sample_id_B[row_N], position_N, batch.step_B[row_N])
-    unconditional_HKD = hidden.unconditional_HKD
-    found = propose(
-        family,
-        plan,
-        hidden.plain_HKD[place_N, column_N],
-        None if unconditional_HKD is None else unconditional_HKD[place_N, column_N],
-        key.fold("token").uniform(*counters),
-    )
-    if log is not None:
-        log.add(family, batch, plan, key, row_H, is_masked_HK, hidden, found)
-    score_N = found.score_N
-    if unmask.find_policy(plan.decode.unmask).score == "uniform":
-        score_N = key.fold("unmask").uniform(*counters).to(score_N.dtype)
-    score_HK = torch.zeros(is_masked_HK.shape, dtype=score_N.dtype, device=score_N.device)
-    score_HK[place_N, column_N] = score_N
-    is_committed_HK = _choose(batch, plan, row_H, is_masked_HK, score_HK)
-    chosen_N = is_committed_HK[place_N, column_N]
-    batch.commit(row_N[chosen_N], position_N[chosen_N], found.token_N[chosen_N], found.logp_N[chosen_N])
-    return is_committed_HK
+    def _choose(self, row_H: Tensor, is_masked_HK: Tensor, score_HK: Tensor) -> Tensor:
+        """bool [H, K]: the masked positions to commit; where tokens may be masked again, that has happened."""
+        batch, decode = self.batch, self.plan.decode
+        schedule = (batch.num_masked_B[row_H], self.plan.num_steps, batch.block_step_B[row_H])
+        if decode.remask == "none":
+            return unmask.commits(decode.unmask, score_HK, is_masked_HK, unmask.quota(*schedule), decode)
+        window_HK = batch.window(row_H)
+        place_HK = row_H[:, None].expand_as(window_HK)
+        is_held_HK = (batch.step_map_BS[place_HK, window_HK] >= 0) & is_masked_HK.any(-1, keepdim=True)
+        score_HK = torch.where(is_masked_HK, score_HK, batch.score_BS[place_HK, window_HK].to(score_HK.dtype))
+        num_kept_H = unmask.cumulative_quota(*schedule)
+        is_committed_HK, is_again_HK = unmask.running_confidence(score_HK, is_masked_HK, is_held_HK, num_kept_H)
+        batch.score_BS[place_HK[is_committed_HK], window_HK[is_committed_HK]] = score_HK[is_committed_HK].float()
+        batch.mask_again(place_HK[is_again_HK], window_HK[is_again_HK])
+        return is_committed_HK
 
-
-def _choose(batch: Batch, plan: Plan, row_H: Tensor, is_masked_HK: Tensor, score_HK: Tensor) -> Tensor:
-    """bool [H, K]: the masked positions to commit; where tokens may be masked again, that has happened."""
-    schedule = (batch.num_masked_B[row_H], plan.num_steps, batch.block_step_B[row_H])
-    if plan.decode.remask == "none":
-        return unmask.commits(plan.decode.unmask, score_HK, is_masked_HK, unmask.quota(*schedule), plan.decode)
-    window_HK = batch.window(row_H)
-    place_HK = row_H[:, None].expand_as(window_HK)
-    is_held_HK = (batch.step_map_BS[place_HK, window_HK] >= 0) & is_masked_HK.any(-1, keepdim=True)
-    score_HK = torch.where(is_masked_HK, score_HK, batch.score_BS[place_HK, window_HK].to(score_HK.dtype))
-    num_kept_H = unmask.cumulative_quota(*schedule)
-    is_committed_HK, is_again_HK = unmask.running_confidence(score_HK, is_masked_HK, is_held_HK, num_kept_H)
-    batch.score_BS[place_HK[is_committed_HK], window_HK[is_committed_HK]] = score_HK[is_committed_HK].float()
-    batch.mask_again(place_HK[is_again_HK], window_HK[is_again_HK])
-    return is_committed_HK
-
-
-def _is_masked(batch: Batch, row_H: Tensor, window_HK: Tensor) -> Tensor:
-    return batch.canvas.input_BS[row_H[:, None], window_HK] == batch.mask_id
-
-
-def _is_terminal(family: Family, batch: Batch, plan: Plan, row_H: Tensor, window_HK: Tensor) -> Tensor:
-    """bool [H]: whether the row ends with its current block, given that the block is complete."""
-    is_last_H = window_HK[:, -1] + 1 >= batch.end_B[row_H]
-    if not plan.has_eos_stop:
-        return is_last_H
-    ids_HK = batch.canvas.input_BS[row_H[:, None], window_HK]
-    is_completion_HK = batch.canvas.is_completion_BS[row_H[:, None], window_HK]
-    return is_last_H | (is_eos(ids_HK, family.spec.eos_ids) & is_completion_HK).any(-1)
+    def _is_terminal(self, row_H: Tensor) -> Tensor:
+        """bool [H]: whether the row ends with its current block, once that is complete."""
+        batch = self.batch
+        is_last_H = batch.start_B[row_H] + batch.block_length >= batch.end_B[row_H]
+        if not self.plan.has_eos_stop:
+            return is_last_H
+        place_HK = (row_H[:, None], batch.window(row_H))
+        is_eos_HK = is_eos(batch.canvas.input_BS[place_HK], self.family.spec.eos_ids)
+        return is_last_H | (is_eos_HK & batch.canvas.is_completion_BS[place_HK]).any(-1)
 
 
 def _event(batch: Batch, index_B: Tensor, row_N: Tensor, is_committed_NK: Tensor, width: int) -> StepEvent:

@@ -33,6 +33,12 @@ class Hidden(NamedTuple):
     unconditional_HKD: Tensor | None = None
     whole_HSD: Tensor | None = None
 
+    def at(self, place_N: Tensor, column_N: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Both at N positions, [N, D] each."""
+        unconditional_HKD = self.unconditional_HKD
+        unconditional_ND = None if unconditional_HKD is None else unconditional_HKD[place_N, column_N]
+        return self.plain_HKD[place_N, column_N], unconditional_ND
+
 
 class Forward(Protocol):
     """Reads the current block of each row in the light of what the row holds."""

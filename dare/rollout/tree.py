@@ -25,7 +25,7 @@ from dare.core.rng import Key
 from dare.core.types import TraceBatch, Tree
 from dare.families.base import Family
 from dare.rollout.batch import Batch
-from dare.rollout.engine import denoising_steps
+from dare.rollout.engine import Run
 from dare.rollout.plan import Plan, check_prompts, make_plan
 from dare.rollout.record import begin_batch, empty_trace, finished, record_batch
 
@@ -92,7 +92,7 @@ def _grow(
     stop_B = total_B * (level + 1) // len(branching)
     stop_H = torch.full_like(index_H, torch.iinfo(torch.int64).max) if is_last else stop_B[index_H]
     children = batch.branch(index_H, trace.sample_id_B[leaf_row_H].to(device), stop_H)
-    for _ in denoising_steps(family, children, plan, key):
+    for _ in Run(family, plan, key, children).steps():
         pass
     return children, leaf_row_H
 

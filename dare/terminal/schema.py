@@ -84,11 +84,5 @@ def _default(field: FieldInfo) -> str:
 
 
 def _lines(keys: list[Key]) -> list[str]:
-    widths = [max((len(key[column]) for key in keys), default=0) for column in range(2)]
-    return [
-        f"{key.name:<{widths[0]}}  {_cut(key.type, 24)}  {key.default:<12}  {key.description}".rstrip() for key in keys
-    ]
-
-
-def _cut(text: str, width: int) -> str:
-    return f"{text:<{width}}"
+    width = max((len(key.name) for key in keys), default=0)
+    return [f"{key.name:<{width}}  {key.type:<24}  {key.default:<12}  {key.description}".rstrip() for key in keys]

@@ -62,6 +62,13 @@ def evaluation_settings(
     return settings
 
 
+def generation_options(checkpoint: str, overrides: list[str]) -> dict[str, Any]:
+    """Decode options: those that the checkpoint's run is evaluated with, if it belongs to one, then the overrides."""
+    recipe_file = find_run_recipe(Path(checkpoint))
+    options = _from_recipe(load_recipe(recipe_file)).decode if recipe_file else {}
+    return {**options, **parse_options(overrides)}
+
+
 def find_run_recipe(checkpoint: Path) -> Path | None:
     """The resolved recipe of the run that `checkpoint` is: the run folder, or a folder in its `checkpoints`."""
     run_dirs = [checkpoint]

@@ -16,8 +16,8 @@ import yaml
 from dare.core.errors import DareError
 from dare.core.recipe import parse_recipe
 from dare.terminal.progress import NullReporter
-from dare.train.checkpoint import list_checkpoints, read_state
-from dare.train.run import train
+from dare.training.checkpoint import list_checkpoints, read_state
+from dare.training.run import train
 
 KILLER = """
 import os, signal, sys
@@ -25,7 +25,7 @@ from pathlib import Path
 import torch, yaml
 from dare.core.recipe import parse_recipe
 from dare.terminal.progress import NullReporter
-from dare.train.run import train
+from dare.training.run import train
 
 recipe_file, run_dir, phase, count = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
 

@@ -19,7 +19,7 @@ from dare.core.rng import Key
 from dare.core.types import AuxLoss, Samples, Views
 from dare.executors.local import LocalEngine
 from dare.families.base import Family
-from dare.train.update import plan_iterations, update
+from dare.training.update import plan_iterations, update
 from tests.numerics.records import with_records
 
 ONLINE = [name for name in ALGORITHMS if resolve("algorithms", name).kind == "online"]

@@ -10,7 +10,7 @@ import pytest
 from dare.core.checks import check
 from dare.core.recipe import load_recipe
 from dare.terminal.progress import NullReporter
-from dare.train.run import train
+from dare.training.run import train
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SHIPPED = sorted(path for path in RECIPES.rglob("*.yaml") if path.parent.name != "_base")

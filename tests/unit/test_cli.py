@@ -174,7 +174,7 @@ def test_interrupt_ends_with_130_and_says_how_to_go_on(recipe_file: Path, monkey
     monkeypatch.setattr("dare.api.train", interrupted)
     result = dare("train", recipe_file, "--out", recipe_file.parent / "run")
     assert result.exit_code == 130
-    assert "--resume" in result.stderr
+    assert result.stderr == "interrupted: the same command with --resume continues from the last checkpoint\n"
 
 
 def test_missing_permission_is_a_message(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

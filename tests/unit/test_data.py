@@ -21,7 +21,7 @@ from dare.core.recipe import TaskChoice
 from dare.core.rng import Key
 from dare.families.base import FamilySpec
 from dare.families.tokenizer import char_tokenizer, decode
-from dare.train.data import EncodedRow, Row, encode_rows, inspect_row, load_rows, row_indices, task_rows
+from dare.training.data import EncodedRow, Row, encode_rows, inspect_row, load_rows, row_indices, task_rows
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789:=+-.<> \n"
 PLAIN = char_tokenizer(ALPHABET)

@@ -8,7 +8,7 @@ from torch import nn
 
 from dare.core.errors import NonFiniteError
 from dare.core.recipe import OptimizerRecipe
-from dare.train.optim import Optimizer, learning_rate
+from dare.training.optim import Optimizer, learning_rate
 
 
 def _model(dtype: torch.dtype = torch.float32) -> nn.Sequential:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from dare.algorithms.base import Algorithm
+from dare.core.decode import Decode
 from dare.core.engine import Engine
 from dare.core.recipe import Recipe
 from dare.core.rng import Key, stable_id
@@ -25,9 +26,9 @@ from dare.families.tokenizer import decode as decode_text
 from dare.families.tokenizer import encode_prompt
 from dare.rollout.stats import rollout_stats
 from dare.tasks.base import Task
-from dare.train.data import row_indices
-from dare.train.session import Session
-from dare.train.update import plan_iterations, update
+from dare.training.data import row_indices
+from dare.training.session import Session
+from dare.training.update import plan_iterations, update
 
 
 def run_online(session: Session, engine: Engine, algorithm: Algorithm[Any], task: Task[Any], tokenizer: Any) -> None:
@@ -45,6 +46,7 @@ def run_online(session: Session, engine: Engine, algorithm: Algorithm[Any], task
                 recipe.decode,
                 key.fold("rollout", step),
                 sample_ids,
+                session.reporter.advance,
                 has_drafts="drafts" in algorithm.needs,
                 branching=algorithm.branching(recipe.train.completions_per_prompt),
             )
@@ -125,8 +127,12 @@ def evaluate_held_out(session: Session, engine: Engine, task: Task[Any], tokeniz
     recipe = session.recipe
     session.reporter.phase("evaluate")
     decode = recipe.decode.model_copy(update={"temperature": recipe.evaluation.temperature})
+
+    def generate(prompts: list[list[int]], decode: Decode, key: Key, sample_ids: list[int]) -> TraceBatch:
+        return engine.generate(prompts, decode, key, sample_ids, session.reporter.advance)
+
     result, records = evaluate_task(
-        engine.generate,
+        generate,
         tokenizer,
         task,
         name=recipe.task.name if recipe.task else "",

@@ -27,8 +27,8 @@ from dare.core.engine import Engine
 from dare.core.errors import DareError
 from dare.core.files import JsonLines, write_json, write_text
 from dare.core.recipe import Recipe
-from dare.train.checkpoint import TrainerState, list_checkpoints, read_state, save_checkpoint
-from dare.train.trackers import Tracker, build_trackers
+from dare.training.checkpoint import TrainerState, list_checkpoints, read_state, save_checkpoint
+from dare.training.trackers import Tracker, build_trackers
 
 _LOGS = ("metrics", "timing", "eval", "samples")
 _MAY_CHANGE = (("log",), ("checkpoint",), ("train", "steps"), ("train", "micro_batch_views"))

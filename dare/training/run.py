@@ -15,11 +15,11 @@ from dare.core.spec import FamilySpec
 from dare.families.build import family_spec
 from dare.families.tokenizer import char_tokenizer, load_tokenizer
 from dare.tasks.base import Task
-from dare.train.checkpoint import resolve_model_path
-from dare.train.data import EncodedRow, Row, encode_rows, load_rows, task_rows
-from dare.train.offline import run_offline
-from dare.train.online import run_online
-from dare.train.session import Reporter, Session
+from dare.training.checkpoint import resolve_model_path
+from dare.training.data import EncodedRow, Row, encode_rows, load_rows, task_rows
+from dare.training.offline import run_offline
+from dare.training.online import run_online
+from dare.training.session import Reporter, Session
 
 
 def train(recipe: Recipe, run_dir: Path, reporter: Reporter, *, is_resumed: bool = False) -> dict[str, Any]:

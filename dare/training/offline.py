@@ -11,10 +11,10 @@ from dare.core.engine import Engine
 from dare.core.rng import Key, stable_id
 from dare.core.types import Samples
 from dare.tasks.base import Task
-from dare.train.data import EncodedRow, row_indices
-from dare.train.online import evaluate_held_out
-from dare.train.session import Session
-from dare.train.update import plan_iterations, update
+from dare.training.data import EncodedRow, row_indices
+from dare.training.online import evaluate_held_out
+from dare.training.session import Session
+from dare.training.update import plan_iterations, update
 
 
 def run_offline(
