@@ -73,7 +73,7 @@ class MDPO(PolicyAlgorithm[MDPOOptions]):
             is_target_RS = is_target_RS & (is_eos_RS.cumsum(-1) == is_eos_RS)
         return Views(
             noisy_RS=seen_RS,
-            context_RS=draft_RS,
+            context_RS=samples.canvas.input_BS[sample_R],  # all that blocks before the current one still are
             target_RS=draft_RS,
             is_target_RS=is_target_RS,
             weight_RS=torch.where(is_target_RS, drafts.logp_DS[index_R].exp(), 0.0),
