@@ -66,9 +66,8 @@ class Batch:
 
     def branch(self, index_H: Tensor, sample_id_H: Tensor, stop_H: Tensor) -> Batch:
         """A copy of the chosen rows, in that order, that goes on under other sample ids to another stop."""
-        tensors = {
-            f.name: getattr(self, f.name)[index_H] for f in dataclasses.fields(self) if f.name[-2:] in ("_B", "BS")
-        }
+        names = [field.name for field in dataclasses.fields(self) if field.name.endswith(("_B", "_BS"))]
+        tensors = {name: getattr(self, name)[index_H] for name in names}
         changes = {**tensors, "canvas": self.canvas.rows(index_H), "sample_id_B": sample_id_H, "stop_B": stop_H}
         return dataclasses.replace(self, **changes)
 

@@ -79,23 +79,21 @@ def update(engine: Engine, algorithm: Algorithm[Any], samples: Samples, iteratio
     if auxiliary is not None:
         metrics[auxiliary.name] = _aux_value(auxiliary)
         value += metrics[auxiliary.name]
+    critic = _accumulate_critic(engine, algorithm, samples, views) if algorithm.critic_lr is not None else {}
     metrics = {"loss": value, **metrics, "replay_gap": gap, **engine.step()}
-    if algorithm.critic_lr is not None:
-        metrics |= {
-            f"critic/{name}": number for name, number in _update_critic(engine, algorithm, samples, views).items()
-        }
-    return metrics
+    if critic:
+        critic |= engine.step(role="critic")
+    return {**metrics, **{f"critic/{name}": number for name, number in critic.items()}}
 
 
-def _update_critic(engine: Engine, algorithm: Algorithm[Any], samples: Samples, views: Views) -> dict[str, float]:
-    """One optimizer step of the critic: score, loss on values, replayed backward, as for the policy."""
+def _accumulate_critic(engine: Engine, algorithm: Algorithm[Any], samples: Samples, views: Views) -> dict[str, float]:
+    """The critic's gradient, as the policy's: score, loss on values, replayed backward. Returns the loss's metrics."""
     value_RS = engine.score(views, samples, role="critic").requires_grad_()
     loss = algorithm.value_loss(value_RS, views, samples)
     _require_finite(loss, value_RS.detach(), views)
     (grad_RS,) = torch.autograd.grad(loss.value, value_RS)
     engine.accumulate(views, samples, grad_RS, role="critic")
-    metrics = {name: metric.mean for name, metric in loss.metrics.items()}
-    return {"loss": float(loss.value.detach()), **metrics, **engine.step(role="critic")}
+    return {"loss": float(loss.value.detach()), **{name: metric.mean for name, metric in loss.metrics.items()}}
 
 
 def _aux_value(auxiliary: AuxLoss) -> float:
