@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from dare.core.decode import Decode
+from dare.core.engine import Progress
 from dare.core.errors import DareError
 from dare.core.files import whole_directory, write_json, write_text
 from dare.core.recipe import Recipe, TaskChoice, load_recipe, parse_recipe
@@ -52,12 +53,14 @@ def evaluate(
     seed: int = 0,
     split: str = "eval",
     out: str | Path | None = None,
+    on_progress: Progress | None = None,
     **decode: Any,
 ) -> dict[str, Any]:
     """Solve rate of a model on the first `num` problems of a task's split, with its 95 % Wilson interval.
 
     task    a task's name, or its name and options as in a recipe: {"name": "countdown", "max_value": 9}
     decode  options as in `dare.core.decode.Decode`; the default is greedy
+    on_progress  called with (positions settled, all completion positions)
     out     optional folder for summary.json and records.jsonl (written atomically)
     Raises DareError for user mistakes.
     """
@@ -75,7 +78,7 @@ def evaluate(
         raise explain(error, Decode, where="evaluate", what="the options are") from None
 
     def generate(prompts: list[list[int]], decode: Decode, key: Key, sample_ids: list[int]) -> TraceBatch:
-        return denoise(family, prompts, decode, key, sample_ids)
+        return denoise(family, prompts, decode, key, sample_ids, on_progress=on_progress)
 
     key = Key(seed).fold("evaluation")
     summary, records = evaluate_task(

@@ -173,13 +173,15 @@ def generate(
     model = _load_model(checkpoint, device, dtype)
     from dare.terminal.canvas import CanvasView
     from dare.terminal.completions import print_completions
+    from dare.terminal.progress import progress_bar
 
     spec = model.family.spec
     if is_traced:
         with CanvasView(_token_text(model.tokenizer), spec.mask_id, spec.eos_ids) as view:
             completions = model.generate(prompts, seed=seed, on_step=view.on_step, **decode)
     else:
-        completions = model.generate(prompts, seed=seed, **decode)
+        with progress_bar("denoising") as on_progress:
+            completions = model.generate(prompts, seed=seed, on_progress=on_progress, **decode)
     print_completions(prompts, completions, is_json=is_json)
 
 
