@@ -84,7 +84,16 @@ class LocalEngine:
     ) -> TraceBatch:
         version = self.weights_version
         if branching:
-            return grow_trees(self.family, prompts, decode, key, sample_ids, branching, weights_version=version)
+            return grow_trees(
+                self.family,
+                prompts,
+                decode,
+                key,
+                sample_ids,
+                branching,
+                weights_version=version,
+                on_progress=on_progress,
+            )
         return denoise(
             self.family,
             prompts,

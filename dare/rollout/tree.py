@@ -13,6 +13,7 @@ ancestors would give.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -39,10 +40,13 @@ def grow_trees(
     branching: tuple[int, ...],
     *,
     weights_version: int = 0,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> TraceBatch:
     """One completion per prompt, in order, on the CPU, with the tree that they are the leaves of.
 
-    branching  children of a node at each level; adjacent prompts, as many as a tree has leaves, must be equal
+    branching    children of a node at each level; adjacent prompts, as many as a tree has leaves, must be equal
+    on_progress  called with (leaves finished, all leaves) after every batch of trees
+
     Raises DareError as `denoise` does, and for a policy without a fixed schedule or an approximate cache.
     """
     num_leaves = math.prod(branching)
@@ -67,6 +71,8 @@ def grow_trees(
                 if num_children:
                     batch, leaf_row_H = _grow(family, batch, plan, key, trace, leaf_row_H, branching, level)
             record_batch(batch, trace, leaf_row_H, family.spec.pad_id)
+            if on_progress is not None:
+                on_progress(int(leaf_row_H.max()) + 1, len(prompts))
     done = finished(trace)
     return replace(done, tree=_tree(levels, branching, done))
 

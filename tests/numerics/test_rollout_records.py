@@ -212,6 +212,10 @@ def test_a_tree_does_not_depend_on_the_batch(families: dict[str, Family], name: 
     assert torch.equal(whole.canvas.input_BS, single.canvas.input_BS)
     assert torch.equal(whole.step_map_BS, single.step_map_BS)
     assert torch.equal(whole.nfe_B, single.nfe_B)
+    heard: list[tuple[int, int]] = []
+    decode = decode_of(batch_size=8)
+    grow_trees(families[name], prompts, decode, Key(1), ids, (2, 2), on_progress=lambda *counts: heard.append(counts))
+    assert heard == [(8, 16), (16, 16)]
     for field in ("parent_N", "sample_N", "is_leaf_N"):
         assert torch.equal(getattr(tree_of(whole), field), getattr(tree_of(single), field))
     is_real_NS = whole.canvas.is_real_BS[tree_of(whole).sample_N]
