@@ -185,12 +185,17 @@ def test_trees(families: dict[str, Family], name: str, branching: tuple[int, ...
         assert torch.equal(trace.canvas.input_BS[row, :width][is_real_S], plain.canvas.input_BS[one, :width][is_real_S])
     assert tree.is_leaf_N.sum() == len(prompts)
     assert torch.equal(tree.state_NS[tree.is_leaf_N], trace.canvas.input_BS)
+    levels: list[int] = []
     for node, parent in enumerate(tree.parent_N.tolist()):
         row = int(tree.sample_N[node])
         state_S, is_real_S = tree.state_NS[node], trace.canvas.is_real_BS[row]
         is_revealed_S = (state_S != trace.mask_id) & (trace.step_map_BS[row] >= 0)
         stop = int(trace.step_map_BS[row][is_revealed_S].max()) + 1 if bool(is_revealed_S.any()) else 0
         assert torch.equal(canvas_before(trace, stop)[row][is_real_S], state_S[is_real_S])
+        level = 0 if parent < 0 else levels[parent] + 1
+        levels.append(level)
+        if name == "llada":  # every row takes all 6 steps; a block model may end early, with an EOS
+            assert stop == 6 * level // len(branching)
         if parent >= 0:
             above_S = tree.state_NS[parent]
             is_given_S = (above_S != trace.mask_id) & is_real_S
