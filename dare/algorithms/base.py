@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Generic, Literal, TypeVar
 from dare.core.decode import Decode
 from dare.core.options import Options
 from dare.core.rng import Key
-from dare.core.types import Loss, Samples, Views
+from dare.core.types import AuxLoss, Judgement, Loss, Record, Samples, Views
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +27,7 @@ class Algorithm(ABC, Generic[OptionsT]):
     Config: ClassVar[type[Options]]
     kind: ClassVar[Literal["online", "offline"]]  # trains on rollouts | on dataset rows
     needs_step_map: ClassVar[bool] = False
+    needs: ClassVar[frozenset[Record]] = frozenset()  # what else the rollout must record
     is_linear: ClassVar[bool] = False  # loss is linear in logp: no scoring pass before the backward
     # Attention kinds it cannot train ("full": masked models, "block_causal": block models), each with the reason.
     forbidden: ClassVar[Mapping[str, str]] = {}
@@ -51,6 +52,15 @@ class Algorithm(ABC, Generic[OptionsT]):
         """
         return []
 
+    def branching(self, num_leaves: int) -> tuple[int, ...]:
+        """Children of a node at each level of a rollout's trees, for groups of `num_leaves`; () = no trees."""
+        return ()
+
+    @property
+    def critic_lr(self) -> float | None:
+        """Learning rate of the critic; None without one."""
+        return None
+
     def advantages(self, reward_B: Tensor, group_B: Tensor) -> Tensor:
         """float32 [B]; offline algorithms have none."""
         raise TypeError(f"{type(self).__name__} does not train on rewards")
@@ -74,3 +84,18 @@ class Algorithm(ABC, Generic[OptionsT]):
                       `needs_old` whatever the engine has at hand
         reference_RS  the same under the frozen reference; None unless `needs_reference`
         """
+
+    def auxiliary(self, views: Views, samples: Samples) -> AuxLoss | None:
+        """A loss on full-vocabulary logits at few positions of the views, beside `loss`; None without one."""
+        return None
+
+    def judge(self, value_RS: Tensor, views: Views, samples: Samples) -> Judgement:
+        """Returns and advantages of the tokens from the critic's values (float32 [R, S], 0 where nothing is scored).
+
+        Called once per inner iteration, before the first update; only if there is a critic.
+        """
+        raise TypeError(f"{type(self).__name__} has no critic")
+
+    def value_loss(self, value_RS: Tensor, views: Views, samples: Samples) -> Loss:
+        """The critic's loss of the whole batch on its values (with gradient); `samples.judgement` is filled in."""
+        raise TypeError(f"{type(self).__name__} has no critic")

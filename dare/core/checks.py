@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +61,7 @@ def _check_online(recipe: Recipe, algorithm: Any) -> list[str]:
             fix="use 8 or more",
         )
     warnings = []
-    if algorithm.needs_step_map and recipe.decode.edit_threshold is not None:
-        raise DareError(
-            f"{name} replays the trace step by step, in which tokens replace masks, but edits replace tokens",
-            where="decode.edit_threshold",
-            got=recipe.decode.edit_threshold,
-            fix="remove edit_threshold, or choose an algorithm that does not replay the trace",
-        )
+    _check_records(recipe, algorithm)
     chosen_by_candidate = ("low_confidence", "threshold", "capped_threshold", "factor")
     if algorithm.needs_step_map and recipe.decode.unmask in chosen_by_candidate:
         warnings.append(
@@ -78,6 +73,48 @@ def _check_online(recipe: Recipe, algorithm: Any) -> list[str]:
     if recipe.decode.top_k is not None or recipe.decode.top_p is not None:
         warnings.append("top_k and top_p truncate the policy that samples, not the one that is scored")
     return warnings + list(recipe.algorithm.build().check_rollouts(recipe.decode))
+
+
+def _check_records(recipe: Recipe, algorithm: Any) -> None:
+    """What the rollout must record has to fit how it decodes."""
+    name, decode = recipe.algorithm.name, recipe.decode
+    if (algorithm.needs_step_map or algorithm.needs) and decode.edit_threshold is not None:
+        raise DareError(
+            f"{name} replays the rollout step by step, in which tokens replace masks, but edits replace tokens",
+            where="decode.edit_threshold",
+            got=decode.edit_threshold,
+            fix="remove edit_threshold, or choose an algorithm that does not replay the rollout",
+        )
+    if decode.remask != "none" and (algorithm.needs_step_map or "tree" in algorithm.needs):
+        raise DareError(
+            f"{name} replays a trace in which a token is committed once, but remask: {decode.remask} takes tokens back",
+            where="decode.remask",
+            fix="set remask: none, or train with an algorithm that records drafts (mdpo)",
+        )
+    if "drafts" in algorithm.needs and (decode.cache in ("prefix", "dual") or decode.cfg_scale):
+        raise DareError(
+            f"{name} records what every step predicts, which needs a plain forward of the whole canvas",
+            where="decode",
+            got=f"cache: {decode.cache}, cfg_scale: {decode.cfg_scale}",
+            fix="set cache: auto and cfg_scale: 0",
+        )
+    num_leaves = recipe.train.completions_per_prompt
+    branching = recipe.algorithm.build().branching(num_leaves)
+    if branching and math.prod(branching) != num_leaves:
+        raise DareError(
+            f"the completions of a prompt are the leaves of a tree with branching {list(branching)}",
+            where="train.completions_per_prompt",
+            got=num_leaves,
+            expected=math.prod(branching),
+            fix=f"set train.completions_per_prompt: {math.prod(branching)}, or leave branching to its default",
+        )
+    if branching and (decode.is_dynamic or decode.cache in ("prefix", "dual")):
+        raise DareError(
+            f"{name} grows trees, which branch on a fixed schedule and need an exact cache",
+            where="decode",
+            got=f"unmask: {decode.unmask}, cache: {decode.cache}",
+            fix="use unmask: max_prob and cache: auto",
+        )
 
 
 def _check_offline(recipe: Recipe) -> list[str]:

@@ -61,6 +61,9 @@ class Decode(Options):
     max_post_steps: int | None = Field(
         None, ge=0, description="for edit_threshold: most steps that go over a complete block; default 16"
     )
+    remask: Literal["none", "rcr"] = Field(
+        "none", description="rcr: mask the least confident tokens of the block again after every step (MDPO)"
+    )
     temperature: float = Field(0.0, ge=0.0, description="0 = greedy")
     top_k: int | None = Field(None, ge=1)
     top_p: float | None = Field(None, gt=0.0, le=1.0)
@@ -106,6 +109,7 @@ class Decode(Options):
                 f"schedule: carried needs unmask: capped_threshold, got unmask: {self.unmask}: every other policy "
                 "commits all that it may; change one of them"
             )
+        self._check_remask()
         for field, policies in (
             ("threshold", _THRESHOLD_POLICIES),
             ("min_commit", ("threshold",)),
@@ -124,6 +128,19 @@ class Decode(Options):
         if self.block_length is not None:
             self.check_block(self.block_length)
         return self
+
+    def _check_remask(self) -> None:
+        if self.remask == "none":
+            return
+        if self.is_dynamic or self.schedule != "even" or self.unmask in ("random", "left_to_right", "independent"):
+            raise ValueError(
+                f"remask: {self.remask} ranks tokens by how sure the network was of them, on the even schedule, got "
+                f"unmask: {self.unmask}, schedule: {self.schedule}; use low_confidence, max_prob, entropy or margin"
+            )
+        if self.edit_threshold is not None:
+            raise ValueError(
+                f"remask: {self.remask} masks tokens again and edit_threshold replaces them; remove one of them"
+            )
 
     def check_block(self, block_length: int) -> None:
         """Raise ValueError if the schedule cannot fill blocks of `block_length`."""

@@ -34,6 +34,9 @@ ALGORITHMS: dict[str, Row] = {
     "bgpo": Row("dare.algorithms.bgpo:BGPO", "ELBO ratio per Monte-Carlo draw, linear where the advantage is positive"),
     "ebpo": Row("dare.algorithms.ebpo:EBPO", "sequence ratio of block ELBOs (LLaDA2.1)"),
     "gdpo": Row("dare.algorithms.gdpo:GDPO", "sequence ratio of ELBOs by Gaussian quadrature"),
+    "mdpo": Row("dare.algorithms.mdpo:MDPO", "rewards every step's draft and trains the steps that matter"),
+    "dtreerpo": Row("dare.algorithms.dtreerpo:DTreeRPO", "branching rollouts, siblings compared, self-distillation"),
+    "tracerl_value": Row("dare.algorithms.tracerl_value:TraceRLValue", "trace replay with a diffusion value model"),
 }
 
 FAMILIES: dict[str, Row] = {

@@ -7,7 +7,7 @@ column. Padding never changes a real position's logits.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 GIVEN = -1  # step map: the position was never masked (prompt, padding)
+Record = Literal["drafts", "tree"]  # what a rollout records only where an algorithm asks for it
 UNSAMPLED = -2  # step map: still masked when the rollout ended
 
 
@@ -122,6 +123,57 @@ class Edits:
 
 
 @dataclass
+class Drafts:
+    """What every denoising step of a rollout saw and predicted: D steps of all samples, in any order.
+
+    sample_D   int64   row of the batch
+    step_D     int64   0-based denoising step of that row
+    seen_DS    int64   the canvas that the step read, bit for bit, also where tokens were masked again later
+    draft_DS   int64   that canvas with every masked position that the step predicted filled in; a block model predicts
+                       its current block only, so later positions still hold the mask id
+    logp_DS    float32 log-prob of each predicted token, as in `TraceBatch.logp_BS`; 0 elsewhere
+    reward_D   float32 reward of the drafted completion; zeros until the trainer has judged it
+    """
+
+    sample_D: Tensor
+    step_D: Tensor
+    seen_DS: Tensor
+    draft_DS: Tensor
+    logp_DS: Tensor
+    reward_D: Tensor
+
+    def __post_init__(self) -> None:
+        shape, long = tuple(self.seen_DS.shape), torch.int64
+        _check(self, shape, seen_DS=(self.seen_DS, long), draft_DS=(self.draft_DS, long))
+        _check(self, shape, logp_DS=(self.logp_DS, torch.float32))
+        rows = (shape[0],)
+        _check(self, rows, sample_D=(self.sample_D, long), step_D=(self.step_D, long))
+        _check(self, rows, reward_D=(self.reward_D, torch.float32))
+
+
+@dataclass
+class Tree:
+    """Branching rollouts: N nodes, each a canvas that was denoised from its parent's; parents come before children.
+
+    state_NS   int64 the canvas; what is not yet sampled holds the mask id
+    parent_N   int64 the node's parent; -1 for a root
+    sample_N   int64 a row of the batch below the node: a leaf is that row, an inner node one of its ancestors
+    is_leaf_N  bool
+    """
+
+    state_NS: Tensor
+    parent_N: Tensor
+    sample_N: Tensor
+    is_leaf_N: Tensor
+
+    def __post_init__(self) -> None:
+        shape, long = tuple(self.state_NS.shape), torch.int64
+        _check(self, shape, state_NS=(self.state_NS, long))
+        _check(self, (shape[0],), parent_N=(self.parent_N, long), sample_N=(self.sample_N, long))
+        _check(self, (shape[0],), is_leaf_N=(self.is_leaf_N, torch.bool))
+
+
+@dataclass
 class TraceBatch:
     """What a rollout remembers: enough to rebuild every canvas it saw, bit for bit.
 
@@ -138,6 +190,8 @@ class TraceBatch:
     edits        tokens that were replaced after they had been committed; None unless the rollout could edit
     is_exact     False if an approximation was on (stale caches); its name is in `decode`
     decode       the decode options as plain data
+    drafts       every step's full prediction; only where asked for
+    tree         the tree whose leaves the rows are; only of a branching rollout
     """
 
     canvas: Canvas
@@ -153,6 +207,8 @@ class TraceBatch:
     weights_version: int = 0
     decode: Mapping[str, Any] = field(default_factory=dict)
     edits: Edits | None = None
+    drafts: Drafts | None = None
+    tree: Tree | None = None
 
     def __post_init__(self) -> None:
         shape = tuple(self.canvas.input_BS.shape)
@@ -160,6 +216,25 @@ class TraceBatch:
         rows = (shape[0],)
         _check(self, rows, nfe_B=(self.nfe_B, torch.int64), is_eos_B=(self.is_eos_B, torch.bool))
         _check(self, rows, sample_id_B=(self.sample_id_B, torch.int64))
+
+
+@dataclass
+class Judgement:
+    """What a critic says about the tokens of rollouts; 0 where a token is not trained.
+
+    value_BS      float32 the critic's value before the update
+    return_BS     float32 what the value should have been
+    advantage_BS  float32 per token
+    """
+
+    value_BS: Tensor
+    return_BS: Tensor
+    advantage_BS: Tensor
+
+    def __post_init__(self) -> None:
+        shape, single = tuple(self.value_BS.shape), torch.float32
+        _check(self, shape, value_BS=(self.value_BS, single), return_BS=(self.return_BS, single))
+        _check(self, shape, advantage_BS=(self.advantage_BS, single))
 
 
 @dataclass
@@ -173,6 +248,11 @@ class Samples:
     group_B         int64   samples of one prompt share a group
     step_map_BS     int64   None for dataset rows
     rollout_logp_BS float32 the rollout's own log-probs at commit; None for dataset rows
+    eos_ids         what ends a completion
+    reward_B        float32 rewards of rollouts; None for dataset rows
+    drafts, tree    of the rollout, where the algorithm asked for them
+    progress        share of the run's steps that were done before this batch, in [0, 1)
+    judgement       what the critic made of the rollout, where the algorithm has one
     """
 
     canvas: Canvas
@@ -184,6 +264,12 @@ class Samples:
     step_map_BS: Tensor | None = None
     rollout_logp_BS: Tensor | None = None
     rollout_temperature: float = 1.0
+    eos_ids: tuple[int, ...] = ()
+    reward_B: Tensor | None = None
+    drafts: Drafts | None = None
+    tree: Tree | None = None
+    progress: float = 0.0
+    judgement: Judgement | None = None
 
     def __post_init__(self) -> None:
         shape = tuple(self.canvas.input_BS.shape)
@@ -250,6 +336,33 @@ class Metric:
     @property
     def mean(self) -> float:
         return self.total / self.count if self.count else 0.0
+
+
+@dataclass
+class AuxLoss:
+    """A loss on full-vocabulary logits at few positions, added to the loss of the same optimizer step.
+
+    It is a sum of independent terms, one per entry, so an engine may evaluate it in chunks inside the replay, with one
+    chunk of logits in memory. Denominators belong to the whole batch and are inside the terms.
+
+    view_A      int64 row of the `Views` whose logits are read
+    position_A  int64 the position in it
+    term        (logits / temperature float32 [C, V], entries int64 [C]) -> float [C], differentiable; the temperature
+                is that of the views
+    value_A     float32 the terms, written by the engine when it has evaluated them
+    name        under which the sum is reported
+    """
+
+    view_A: Tensor
+    position_A: Tensor
+    term: Callable[[Tensor, Tensor], Tensor]
+    name: str
+    value_A: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        shape, long = tuple(self.view_A.shape), torch.int64
+        _check(self, shape, view_A=(self.view_A, long), position_A=(self.position_A, long))
+        self.value_A = torch.zeros(shape)
 
 
 @dataclass

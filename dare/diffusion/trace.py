@@ -2,7 +2,8 @@
 
 A step map is enough to rebuild every canvas bit for bit where a committed token never changes: before step t a row
 holds the tokens of steps < t and masks everywhere else in its completion. A rollout that edits also keeps the tokens
-that it replaced, with the steps between which each of them stood.
+that it replaced, with the steps between which each of them stood. Under `decode.remask` tokens go back to masks: the
+step map then says when a token took its final value, and only the rollout's drafts hold what each step read.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from dare.core.lazy import torch
 from dare.core.text import Completion
-from dare.core.types import TraceBatch
+from dare.core.types import Drafts, TraceBatch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +28,10 @@ def canvas_before(trace: TraceBatch, step: int) -> Tensor:
     """int64 [B, S]: what each row's own denoising step `step` (0-based) read, bit for bit.
 
     Rows that took fewer steps are at their final canvas. Positions never sampled hold the mask token there already.
+    Raises ValueError for a trace in which committed tokens were masked again.
     """
+    if trace.decode.get("remask", "none") != "none":
+        raise ValueError("a step map does not say what was masked again; record drafts")
     ids_BS = torch.where(trace.step_map_BS >= step, trace.mask_id, trace.canvas.input_BS)
     edits = trace.edits
     if edits is not None:
@@ -67,3 +71,11 @@ def to_completions(trace: TraceBatch) -> list[Completion]:
         completions.append(Completion(tokens[part], None, steps[part], logps[part], nfe, finish))
         start += length
     return completions
+
+
+def draft_tokens(drafts: Drafts, trace: TraceBatch) -> list[list[int]]:
+    """The completion of each draft, cut after the first EOS; positions that the step did not predict are left out."""
+    is_completion_DS = trace.canvas.is_completion_BS[drafts.sample_D] & (drafts.draft_DS != trace.mask_id)
+    is_eos_DS = (is_eos(drafts.draft_DS, trace.eos_ids) & is_completion_DS).long()
+    is_kept_DS = is_completion_DS & (is_eos_DS.cumsum(-1) == is_eos_DS)
+    return [ids_S[is_kept_S].tolist() for ids_S, is_kept_S in zip(drafts.draft_DS, is_kept_DS, strict=True)]

@@ -58,6 +58,12 @@ def quota(num_masked_B: Tensor, num_steps: int, step_B: Tensor) -> Tensor:
     return num_masked_B // num_steps + (step_B < num_masked_B % num_steps)
 
 
+def cumulative_quota(num_masked_B: Tensor, num_steps: int, step_B: Tensor) -> Tensor:
+    """int64 [B]: tokens that are committed once step `step_B` is done: the sum of `quota` over steps 0..step_B."""
+    done_B = (step_B + 1).clamp(max=num_steps)
+    return num_masked_B // num_steps * done_B + torch.minimum(done_B, num_masked_B % num_steps)
+
+
 def reveal_share(num_steps: int, step_B: Tensor) -> Tensor:
     """float32 [B]: 1 - s / t for the times t > s around a step, evenly spaced from 1 to 1e-3; 1 from the last step on.
 
@@ -80,9 +86,7 @@ def _by_timesteps(num_masked_B: Tensor, num_left_B: Tensor, num_steps: int, step
 
 def _carried(num_masked_B: Tensor, num_left_B: Tensor, num_steps: int, step_B: Tensor) -> Tensor:
     """All that the even schedule has asked for so far and was not committed (Fast-dLLM for Dream, without a cache)."""
-    num_steps_B = (step_B + 1).clamp(max=num_steps)
-    asked_B = num_masked_B // num_steps * num_steps_B + torch.minimum(num_masked_B % num_steps, num_steps_B)
-    return asked_B - (num_masked_B - num_left_B)
+    return cumulative_quota(num_masked_B, num_steps, step_B) - (num_masked_B - num_left_B)
 
 
 SCHEDULES: dict[str, Callable[[Tensor, Tensor, int, Tensor], Tensor]] = {
@@ -109,6 +113,19 @@ def commits(
     """
     due = Due(quota_B, torch.ones(len(quota_B), device=score_BK.device) if share_B is None else share_B)
     return find_policy(policy).rule(score_BK, is_masked_BK, due, decode)
+
+
+def running_confidence(
+    score_BK: Tensor, is_masked_BK: Tensor, is_held_BK: Tensor, num_kept_B: Tensor
+) -> tuple[Tensor, Tensor]:
+    """bool [B, K] each: the masked positions to commit, and the held ones to mask again (RCR; MDPO, He et al. 2025).
+
+    Every masked position has a new candidate, every held one the score it was committed with; the `num_kept_B` best of
+    both stay. A token that is masked again is scored anew at its next prediction (the public code overwrites the score
+    too; a maximum over its predictions is not kept).
+    """
+    is_kept_BK = _best(score_BK, is_masked_BK | is_held_BK, num_kept_B)
+    return is_kept_BK & is_masked_BK, is_held_BK & ~is_kept_BK
 
 
 def is_distribution_only(policy: str) -> bool:

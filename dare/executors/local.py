@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,41 +13,58 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dare.core.decode import Decode
-from dare.core.engine import Progress
+from dare.core.engine import Progress, Role
 from dare.core.errors import DareError
 from dare.core.recipe import Recipe
 from dare.core.rng import Key
 from dare.core.spec import FamilySpec
-from dare.core.types import Canvas, Samples, TraceBatch, Views
+from dare.core.types import AuxLoss, Canvas, Samples, TraceBatch, Views
 from dare.families.base import Family
 from dare.families.build import build_family
+from dare.families.critic import Critic
 from dare.families.layers.moe import ExpertLoad
 from dare.families.weights import load_weights, save_family
 from dare.rollout.engine import denoise
+from dare.rollout.tree import grow_trees
 from dare.training.optim import Optimizer
 
 
 class LocalEngine:
-    """One family, its optimizer and, if asked for, a frozen copy as the reference policy.
+    """One family, its optimizer and, if asked for, a frozen copy as the reference policy and a critic of its own.
 
     The rollout side reads the trained weights themselves, so `publish` only counts versions.
     """
 
-    def __init__(self, recipe: Recipe, family: Family, *, num_updates: int, needs_reference: bool) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        family: Family,
+        *,
+        num_updates: int,
+        needs_reference: bool,
+        critic_lr: float | None = None,
+    ) -> None:
         self.family = family
         self.micro_batch_views = recipe.train.micro_batch_views
         self.optimizer = Optimizer(family.network.named_parameters(), recipe.optimizer, num_updates)
         self.reference = copy.deepcopy(family) if needs_reference else None
+        self.critic = Critic(family) if critic_lr is not None else None
+        if self.critic is not None:
+            critic_recipe = recipe.optimizer.model_copy(update={"lr": critic_lr})
+            self.critic_optimizer = Optimizer(self.critic.named_parameters(), critic_recipe, num_updates)
+            self.critic.family.network.eval()
         self.weights_version = 0
         self.load_of_step = ExpertLoad()
         self.family.network.eval()  # dropout off: both passes of an update must be the same function
 
     @classmethod
-    def create(cls, recipe: Recipe, tokenizer: Any, *, needs_reference: bool) -> LocalEngine:
+    def create(
+        cls, recipe: Recipe, tokenizer: Any, *, needs_reference: bool, critic_lr: float | None = None
+    ) -> LocalEngine:
         """The engine of a recipe: its checkpoint loaded, or its new model with keyed initial weights."""
         family = build_family(recipe.model, tokenizer, Key(recipe.seed))
         num_updates = recipe.train.steps * recipe.train.updates_per_rollout
-        return cls(recipe, family, num_updates=num_updates, needs_reference=needs_reference)
+        return cls(recipe, family, num_updates=num_updates, needs_reference=needs_reference, critic_lr=critic_lr)
 
     @property
     def spec(self) -> FamilySpec:
@@ -62,33 +80,78 @@ class LocalEngine:
         key: Key,
         sample_ids: list[int],
         on_progress: Progress | None = None,
+        *,
+        has_drafts: bool = False,
+        branching: tuple[int, ...] = (),
     ) -> TraceBatch:
         version = self.weights_version
-        return denoise(self.family, prompts, decode, key, sample_ids, weights_version=version, on_progress=on_progress)
+        if branching:
+            return grow_trees(
+                self.family,
+                prompts,
+                decode,
+                key,
+                sample_ids,
+                branching,
+                weights_version=version,
+                on_progress=on_progress,
+            )
+        return denoise(
+            self.family,
+            prompts,
+            decode,
+            key,
+            sample_ids,
+            weights_version=version,
+            has_drafts=has_drafts,
+            on_progress=on_progress,
+        )
 
-    def score(self, views: Views, samples: Samples, *, is_reference: bool = False) -> Tensor:
-        family = self.family
-        if is_reference:
-            if self.reference is None:
-                raise ValueError("this engine was built without a reference policy")
-            family = self.reference
-        logp_RS = torch.zeros(views.noisy_RS.shape)
+    def score(self, views: Views, samples: Samples, *, is_reference: bool = False, role: Role = "policy") -> Tensor:
+        if is_reference and self.reference is None:
+            raise ValueError("this engine was built without a reference policy")
+        family = self.reference if is_reference and self.reference is not None else self.family
+        score = family.view_logp if role == "policy" else self._critic().view_value
+        score_RS = torch.zeros(views.noisy_RS.shape)
         with torch.no_grad():
             for part in self._micro_batches(torch.arange(views.num_views)):
-                logp_RS[part] = self._view_logp(family, views, samples, part).cpu()
-        return logp_RS
+                score_RS[part] = score(*_rows(views, samples, part)).cpu()
+        return score_RS
 
-    def accumulate(self, views: Views, samples: Samples, grad_RS: Tensor) -> Tensor:
-        logp_RS = torch.full(views.noisy_RS.shape, torch.nan)
-        for part in self._micro_batches((grad_RS != 0).any(-1).nonzero()[:, 0]):
-            logp = self._view_logp(self.family, views, samples, part, self.load_of_step)
-            (grad_RS[part].to(logp.device) * logp).sum().backward()  # type: ignore[no-untyped-call]
-            logp_RS[part] = logp.detach().cpu()
-        return logp_RS
+    def accumulate(
+        self,
+        views: Views,
+        samples: Samples,
+        grad_RS: Tensor,
+        *,
+        auxiliary: AuxLoss | None = None,
+        role: Role = "policy",
+    ) -> Tensor:
+        is_run_R = (grad_RS != 0).any(-1)
+        if auxiliary is not None:
+            is_run_R[auxiliary.view_A] = True
+        score_RS = torch.full(views.noisy_RS.shape, torch.nan)
+        for part in self._micro_batches(is_run_R.nonzero()[:, 0]):
+            chosen, canvas = _rows(views, samples, part)
+            terms: list[Tensor] = []
+            if role == "critic":
+                score = self._critic().view_value(chosen, canvas)
+            else:
+                hidden_RTD = self.family.view_hidden(chosen, canvas, self.load_of_step)
+                score = self.family.target_logp(hidden_RTD, chosen)
+                if auxiliary is not None:
+                    terms = self._aux_terms(hidden_RTD, chosen, auxiliary, part)
+            total = (grad_RS[part].to(score.device) * score).sum() + sum(terms)
+            total.backward()  # type: ignore[no-untyped-call]
+            score_RS[part] = score.detach().cpu()
+        return score_RS
 
-    def step(self) -> dict[str, float]:
-        load, self.load_of_step = self.load_of_step, ExpertLoad()
-        return {**self.optimizer.step(), **load.metrics()}
+    def step(self, role: Role = "policy") -> dict[str, float]:
+        if role == "policy":
+            load, self.load_of_step = self.load_of_step, ExpertLoad()
+            return {**self.optimizer.step(), **load.metrics()}
+        self._critic()
+        return self.critic_optimizer.step()
 
     def publish(self) -> None:
         self.weights_version += 1
@@ -96,21 +159,48 @@ class LocalEngine:
     def save(self, directory: Path) -> None:
         save_family(self.family, directory)
         save_file(self.optimizer.state(), directory / "trainer" / "optimizer.safetensors")
+        if self.critic is not None:
+            save_file(self.critic.state(), directory / "trainer" / "critic.safetensors")
+            save_file(self.critic_optimizer.state(), directory / "trainer" / "critic_optimizer.safetensors")
 
     def load(self, directory: Path) -> None:
         load_weights(self.family, directory)
-        path = directory / "trainer" / "optimizer.safetensors"
-        try:
-            state = load_file(path, device=str(self.family.device))
-        except (SafetensorError, OSError) as error:
-            raise DareError("the optimizer state cannot be read", where=str(path), got=str(error)) from None
-        self.optimizer.load_state(state)
+        self.optimizer.load_state(self._read(directory, "optimizer"))
+        if self.critic is not None:
+            self.critic.load_state(self._read(directory, "critic"))
+            self.critic_optimizer.load_state(self._read(directory, "critic_optimizer"))
 
-    def _view_logp(
-        self, family: Family, views: Views, samples: Samples, part: Tensor, load: ExpertLoad | None = None
-    ) -> Tensor:
-        chosen = views.rows(part)
-        return family.view_logp(chosen, samples.canvas.rows(chosen.sample_R), load)
+    def _read(self, directory: Path, name: str) -> dict[str, Tensor]:
+        path = directory / "trainer" / f"{name}.safetensors"
+        try:
+            tensors: dict[str, Tensor] = load_file(path, device=str(self.family.device))
+        except (SafetensorError, OSError) as error:
+            what = f"the {name.replace('_', ' ')} state cannot be read"
+            raise DareError(what, where=str(path), got=str(error)) from None
+        return tensors
+
+    def _critic(self) -> Critic:
+        if self.critic is None:
+            raise ValueError("this engine was built without a critic")
+        return self.critic
+
+    def _aux_terms(self, hidden_RTD: Tensor, views: Views, auxiliary: AuxLoss, part: Tensor) -> list[Tensor]:
+        """The sum of the terms of the views `part`, if there are any; their values are written down."""
+        place_R = torch.full((int(part.max()) + 1,), -1)
+        place_R[part] = torch.arange(len(part))
+        entry_A = torch.isin(auxiliary.view_A, part).nonzero()[:, 0]
+        if not len(entry_A):
+            return []
+        view_A = place_R[auxiliary.view_A[entry_A]]
+        here = replace(auxiliary, view_A=view_A, position_A=auxiliary.position_A[entry_A])
+        value_A = self.family.aux_terms(hidden_RTD, views, here, entry_A)
+        auxiliary.value_A[entry_A] = value_A.detach().cpu()
+        return [value_A.sum()]
 
     def _micro_batches(self, rows: Tensor) -> list[Tensor]:
         return list(torch.split(rows, self.micro_batch_views)) if len(rows) else []
+
+
+def _rows(views: Views, samples: Samples, part: Tensor) -> tuple[Views, Canvas]:
+    chosen = views.rows(part)
+    return chosen, samples.canvas.rows(chosen.sample_R)

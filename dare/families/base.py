@@ -13,14 +13,15 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dare.core.errors import DareError
 from dare.core.spec import FamilySpec
-from dare.core.types import Canvas, Views
+from dare.core.types import AuxLoss, Canvas, Views
 from dare.diffusion import blocks
 from dare.families.config import Config, ModelSizes
 from dare.families.layers.attention import KVCache, SharedContext, Visible
-from dare.families.layers.head import linear_logp
+from dare.families.layers.head import chunk_rows, linear_logp
 from dare.families.layers.moe import ExpertLoad
 from dare.families.streams import pack_streams
 
@@ -220,13 +221,18 @@ class Family:
         one sample share the context's stream where that saves tokens (`streams.py`).
         Logits exist only at targets, one chunk at a time.
         """
+        return self.target_logp(self.view_hidden(views, canvas, load), views)
+
+    def view_hidden(self, views: Views, canvas: Canvas, load: ExpertLoad | None = None) -> Tensor:
+        """[R, T, D], T <= S: the final hidden states that score the token of each position of the noisy stream.
+
+        Columns that are padding in every row are left out: they cost time and change nothing.
+        """
         if views.noisy_RS.shape != canvas.input_BS.shape:
             raise ValueError(f"views are {tuple(views.noisy_RS.shape)}, their canvas {tuple(canvas.input_BS.shape)}")
         if bool((views.is_target_RS & ~canvas.is_real_BS).any()):
             raise ValueError("padding has no log-prob: is_target_RS is True where is_real_BS is False")
-        # Columns that are padding in every row cost time and change nothing.
         length = int(canvas.is_real_BS.any(0).sum())
-        is_target_RS = views.is_target_RS[:, :length].to(self.device)
         is_real_RS = canvas.is_real_BS[:, :length].to(self.device)
         noisy_RS = views.noisy_RS[:, :length].to(self.device)
         position_RS = blocks.positions(is_real_RS)
@@ -236,13 +242,34 @@ class Family:
             hidden_RSD = self._noisy_hidden(views, noisy_RS, context_RS, position_RS, block_RS, is_real_RS, load)
         else:
             hidden_RSD = self._counted_hidden(noisy_RS, position_RS, blocks.full_mask(is_real_RS), is_real_RS, load)
-        target_N = views.target_RS[:, :length].to(self.device)[is_target_RS]
-        hidden_ND = self._aligned(hidden_RSD, is_real_RS)[is_target_RS]
+        return self._aligned(hidden_RSD, is_real_RS)
+
+    def target_logp(self, hidden_RTD: Tensor, views: Views) -> Tensor:
+        """The result of `view_logp` from that of `view_hidden`."""
+        length = hidden_RTD.shape[1]
+        is_target_RT = views.is_target_RS[:, :length].to(self.device)
+        target_N = views.target_RS[:, :length].to(self.device)[is_target_RT]
         scale = self.network.logit_scale / views.temperature
-        logp_N = linear_logp(hidden_ND, self.network.head_weight, target_N, scale)
+        logp_N = linear_logp(hidden_RTD[is_target_RT], self.network.head_weight, target_N, scale)
         logp_RS = torch.zeros(views.noisy_RS.shape, dtype=torch.float32, device=self.device)
-        row_N, column_N = is_target_RS.nonzero(as_tuple=True)
-        return logp_RS.index_put((row_N, column_N), logp_N)
+        return logp_RS.index_put(is_target_RT.nonzero(as_tuple=True), logp_N)
+
+    def aux_terms(self, hidden_RTD: Tensor, views: Views, aux: AuxLoss, entry_A: Tensor) -> Tensor:
+        """float32 [A], differentiable: the terms of the entries `entry_A`, whose `view_A` are rows of these views.
+
+        One chunk of logits exists at a time, in the backward too.
+        """
+        scale = self.network.logit_scale / views.temperature
+        weight_VD = self.network.head_weight
+
+        def chunk(hidden_CD: Tensor, entry_C: Tensor) -> Tensor:
+            return aux.term((hidden_CD @ weight_VD.T).float() * scale, entry_C)
+
+        hidden_AD = hidden_RTD[aux.view_A.to(self.device), aux.position_A.to(self.device)]
+        rows = chunk_rows(self.spec.vocab_size)
+        parts = zip(torch.split(hidden_AD, rows), torch.split(entry_A, rows), strict=True)
+        terms = [checkpoint(chunk, hidden_CD, entry_C, use_reentrant=False) for hidden_CD, entry_C in parts]
+        return torch.cat(terms)
 
     def _noisy_hidden(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +22,8 @@ class Batch:
     block_step_B  those of its block
     post_step_B   those of its block that went over it when it was complete
     is_done_B     whether nothing is left to do for the row
+    stop_B        denoising steps after which the row pauses
+    score_BS      the unmask policy's score of each committed token; kept where tokens may be masked again
     edits         what was replaced so far; rows are those of the batch
     """
 
@@ -37,6 +40,8 @@ class Batch:
     block_step_B: Tensor
     post_step_B: Tensor
     is_done_B: Tensor
+    stop_B: Tensor
+    score_BS: Tensor
     edits: list[Edits] = field(default_factory=list)
 
     @classmethod
@@ -60,14 +65,27 @@ class Batch:
             block_step_B=zero_B.clone(),
             post_step_B=zero_B.clone(),
             is_done_B=torch.zeros_like(zero_B, dtype=torch.bool),
+            stop_B=torch.full_like(zero_B, torch.iinfo(torch.int64).max),
+            score_BS=torch.zeros_like(block_BS, dtype=torch.float32),
         )
+
+    def branch(self, index_H: Tensor, sample_id_H: Tensor, stop_H: Tensor) -> Batch:
+        """A copy of the chosen rows, in that order, that goes on under other sample ids to another stop."""
+        names = [field.name for field in dataclasses.fields(self) if field.name.endswith(("_B", "_BS"))]
+        tensors = {name: getattr(self, name)[index_H] for name in names}
+        changes = {**tensors, "canvas": self.canvas.rows(index_H), "sample_id_B": sample_id_H, "stop_B": stop_H}
+        return dataclasses.replace(self, **changes)
+
+    def is_active(self, row_H: Tensor) -> Tensor:
+        """bool [H]: whether rows have something left to do before they pause."""
+        return ~self.is_done_B[row_H] & (self.step_B[row_H] < self.stop_B[row_H])
 
     def window(self, row_H: Tensor) -> Tensor:
         """int64 [H, K]: positions of the rows' current blocks."""
         return self.start_B[row_H, None] + torch.arange(self.block_length, device=row_H.device)
 
     def masked(self, row_H: Tensor) -> Tensor:
-        """bool [H, K]: positions of the current blocks that are to be sampled; none in a row that is done."""
+        """bool [H, K]: positions of the current blocks that hold the mask token; none in a row that is done."""
         return self.canvas.input_BS[row_H[:, None], self.window(row_H)] == self.mask_id
 
     def commit(self, row_N: Tensor, position_N: Tensor, token_N: Tensor, logp_N: Tensor) -> None:
@@ -88,6 +106,12 @@ class Batch:
                 logp_E=self.logp_BS[row_N, position_N],
             )
         )
+
+    def mask_again(self, row_N: Tensor, position_N: Tensor) -> None:
+        """Take tokens back out of the canvas."""
+        self.canvas.input_BS[row_N, position_N] = self.mask_id
+        self.step_map_BS[row_N, position_N] = UNSAMPLED
+        self.logp_BS[row_N, position_N] = 0.0
 
     def count_step(self, row_H: Tensor, is_denoising_H: Tensor, has_mask_H: Tensor) -> None:
         """The rows that took part in a denoising step are at their next one."""

@@ -14,7 +14,7 @@ A completion is therefore the same in any batch, order or company.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from dare.diffusion.trace import is_eos
 from dare.families.base import Family
 from dare.rollout.batch import Batch
 from dare.rollout.candidates import propose
+from dare.rollout.drafts import DraftLog, check_drafts
 from dare.rollout.forward import Hidden, make_forward
 from dare.rollout.plan import Plan, check_prompts, make_plan
 from dare.rollout.record import begin_batch, empty_trace, finished, record_batch
@@ -60,12 +61,14 @@ def denoise(
     sample_ids: list[int],
     *,
     weights_version: int = 0,
+    has_drafts: bool = False,
     on_step: Callable[[StepEvent], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> TraceBatch:
     """One completion per prompt, in order, on the CPU.
 
     sample_ids   with `key`, name the random numbers of each row: equal ids and prompts give equal completions
+    has_drafts   record every step's full prediction in `drafts`
     on_step      called after every denoising step
     on_progress  called with (positions settled, all completion positions) after every denoising step
 
@@ -79,6 +82,9 @@ def denoise(
         raise DareError("there is no prompt to complete", got="an empty list")
     plan = make_plan(family, decode)
     check_prompts(family, prompts)
+    log = DraftLog() if has_drafts else None
+    if has_drafts:
+        check_drafts(plan)
     canvas = family.empty_canvas(prompts, decode.gen_length, plan.block_length)
     trace = empty_trace(family, plan, canvas, sample_ids, weights_version)
     order_B = torch.tensor(sorted(range(len(prompts)), key=lambda row: len(prompts[row])))
@@ -88,46 +94,57 @@ def denoise(
         for index_B in torch.split(order_B, decode.batch_size):
             batch = begin_batch(family, plan, trace, index_B)
             num_later -= batch.num_waiting()
-            for row_N, is_committed_NK in _Run(family, plan, key, batch).steps():
+            if log is not None:
+                log.index_B = index_B
+            for row_N, is_committed_NK in Run(family, plan, key, batch, log).steps():
                 if on_step is not None:
                     on_step(_event(batch, index_B, row_N, is_committed_NK, canvas.length))
                 if on_progress is not None:
                     on_progress(num_total - num_later - batch.num_waiting(), num_total)
             record_batch(batch, trace, index_B, family.spec.pad_id)
-    return finished(trace)
+    done = finished(trace)
+    return done if log is None else replace(done, drafts=log.drafts(done.canvas.length))
 
 
 @dataclass(frozen=True)
-class _Run:
-    """One batch on its way through the loop."""
+class Run:
+    """One batch on its way through the loop; `log`, if there is one, hears of every prediction."""
 
     family: Family
     plan: Plan
     key: Key
     batch: Batch
+    log: DraftLog | None = None
 
     def steps(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Denoise to the end. After each step: the N rows that took part and what they wrote, bool [N, K]."""
+        """Denoise every row to its end, or to where it pauses.
+
+        After each step: the N rows that took part and what they wrote, bool [N, K].
+        """
         batch = self.batch
         row_H = torch.arange(batch.canvas.batch_size, device=batch.start_B.device)
-        forward = make_forward(self.family, batch, self.plan, row_H)
+        row_H = row_H[batch.is_active(row_H)]
+        if not len(row_H):
+            return
+        forward = make_forward(self.family, batch, self.plan, row_H, has_drafts=self.log is not None)
         while len(row_H):
-            is_masked_HK = batch.masked(row_H)
+            is_active_H = batch.is_active(row_H)
+            is_masked_HK = batch.masked(row_H) & is_active_H[:, None]
             has_mask_H = is_masked_HK.any(-1)
-            is_denoising_H = has_mask_H | self._may_edit(row_H)
+            is_denoising_H = has_mask_H | (is_active_H & self._may_edit(row_H))
             has_step = bool(is_denoising_H.any())  # else all rows only store their blocks
             hidden = forward.read(row_H)
             is_written_HK = self._write(row_H, is_masked_HK, is_denoising_H, hidden) if has_step else is_masked_HK
             batch.count_step(row_H, is_denoising_H, has_mask_H)
             is_settled_H = ~has_mask_H & ~is_written_HK.any(-1)
-            is_complete_H = ~batch.masked(row_H).any(-1) & (is_settled_H | ~self._may_edit(row_H))
+            is_complete_H = is_active_H & ~batch.masked(row_H).any(-1) & (is_settled_H | ~self._may_edit(row_H))
             batch.is_done_B[row_H] |= is_complete_H & self._is_terminal(row_H)
             if has_step:
                 yield row_H[is_denoising_H], is_written_HK[is_denoising_H]
-            is_live_H = ~batch.is_done_B[row_H]
             # With a store pass, a block is stored by the first forward that finds it complete and leaves it so.
-            is_leaving_H = is_settled_H if forward.has_store_pass else is_complete_H
-            batch.advance(row_H[is_live_H & is_leaving_H])
+            is_leaving_H = is_active_H & (is_settled_H if forward.has_store_pass else is_complete_H)
+            batch.advance(row_H[is_leaving_H & ~batch.is_done_B[row_H]])
+            is_live_H = batch.is_active(row_H)
             if int(is_live_H.sum()) <= forward.keeps_rows_until * len(row_H):
                 forward.keep(is_live_H.nonzero()[:, 0])
                 row_H = row_H[is_live_H]
@@ -150,12 +167,14 @@ class _Run:
         counters = (batch.sample_id_B[row_N], position_N, batch.step_B[row_N])
         uniform_N = self.key.fold("token").uniform(*counters)
         found = propose(self.family, self.plan, *hidden.at(place_N, column_N), uniform_N)
+        if self.log is not None:
+            self.log.add(self.family, batch, self.plan, self.key, row_H, is_masked_HK, hidden, found)
         score_N = found.score_N
         if unmask.find_policy(decode.unmask).score == "uniform":
             score_N = self.key.fold("unmask").uniform(*counters)
         score_HK = torch.zeros(is_masked_HK.shape, dtype=score_N.dtype, device=score_N.device)
         score_HK[place_N, column_N] = score_N
-        is_written_HK = self._commits(row_H, score_HK, is_masked_HK)
+        is_written_HK = self._choose(row_H, score_HK, is_masked_HK)
         if decode.edit_threshold is not None:
             is_new_N = batch.canvas.input_BS[row_N, position_N] != found.token_N
             is_edited_N = ~is_masked_HK[place_N, column_N] & is_new_N & (found.confidence_N > decode.edit_threshold)
@@ -165,9 +184,11 @@ class _Run:
         batch.commit(row_N[chosen_N], position_N[chosen_N], found.token_N[chosen_N], found.logp_N[chosen_N])
         return is_written_HK
 
-    def _commits(self, row_H: Tensor, score_HK: Tensor, is_masked_HK: Tensor) -> Tensor:
-        """bool [H, K]: the masked positions that the unmask policy commits in this step."""
+    def _choose(self, row_H: Tensor, score_HK: Tensor, is_masked_HK: Tensor) -> Tensor:
+        """bool [H, K]: the masked positions to commit; where tokens may be masked again, that has happened."""
         plan, decode, step_H = self.plan, self.plan.decode, self.batch.block_step_B[row_H]
+        if decode.remask != "none":
+            return self._keep_best(row_H, score_HK, is_masked_HK)
         num_masked_H, num_left_H = self.batch.num_masked_B[row_H], is_masked_HK.sum(-1)
         due = unmask.due(decode.schedule, num_masked_H, num_left_H, plan.num_steps, step_H)
         is_committed_HK = unmask.commits(decode.unmask, score_HK, is_masked_HK, due.quota_B, decode, due.share_B)
@@ -175,6 +196,19 @@ class _Run:
             is_first_HK = torch.zeros_like(is_masked_HK)
             is_first_HK[:, 0] = is_masked_HK[:, 0]
             is_committed_HK = torch.where((step_H == 0)[:, None], is_first_HK, is_committed_HK)
+        return is_committed_HK
+
+    def _keep_best(self, row_H: Tensor, score_HK: Tensor, is_masked_HK: Tensor) -> Tensor:
+        """bool [H, K]: the masked positions to commit under remasking; the held tokens that lose are masked again."""
+        batch = self.batch
+        window_HK = batch.window(row_H)
+        place_HK = row_H[:, None].expand_as(window_HK)
+        is_held_HK = (batch.step_map_BS[place_HK, window_HK] >= 0) & is_masked_HK.any(-1, keepdim=True)
+        score_HK = torch.where(is_masked_HK, score_HK, batch.score_BS[place_HK, window_HK].to(score_HK.dtype))
+        num_kept_H = unmask.cumulative_quota(batch.num_masked_B[row_H], self.plan.num_steps, batch.block_step_B[row_H])
+        is_committed_HK, is_again_HK = unmask.running_confidence(score_HK, is_masked_HK, is_held_HK, num_kept_H)
+        batch.score_BS[place_HK[is_committed_HK], window_HK[is_committed_HK]] = score_HK[is_committed_HK].float()
+        batch.mask_again(place_HK[is_again_HK], window_HK[is_again_HK])
         return is_committed_HK
 
     def _is_terminal(self, row_H: Tensor) -> Tensor:

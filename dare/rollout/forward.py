@@ -26,10 +26,12 @@ class Hidden(NamedTuple):
     """Final hidden states [H, K, D] that score the tokens of each row's current block.
 
     unconditional_HKD  the same with every given position masked, for classifier-free guidance
+    whole_HSD          the same of every position of the canvas, where drafts are recorded under full attention
     """
 
     plain_HKD: Tensor
     unconditional_HKD: Tensor | None = None
+    whole_HSD: Tensor | None = None
 
     def at(self, place_N: Tensor, column_N: Tensor) -> tuple[Tensor, Tensor | None]:
         """Both at N positions, [N, D] each."""
@@ -51,10 +53,10 @@ class Forward(Protocol):
         ...
 
 
-def make_forward(family: Family, batch: Batch, plan: Plan, row_H: Tensor) -> Forward:
+def make_forward(family: Family, batch: Batch, plan: Plan, row_H: Tensor, *, has_drafts: bool = False) -> Forward:
     """The forward for the plan's cache, ready for the rows `row_H`."""
     if plan.cache == "none":
-        return Uncached(family, batch, is_guided=plan.decode.cfg_scale > 0.0)
+        return Uncached(family, batch, is_guided=plan.decode.cfg_scale > 0.0, has_drafts=has_drafts)
     if plan.cache == "block":
         return BlockCached(family, batch, row_H)
     return RefreshedCache(family, batch, row_H, is_dual=plan.cache == "dual")
@@ -66,8 +68,9 @@ class Uncached:
     has_store_pass: ClassVar[bool] = False
     keeps_rows_until: ClassVar[float] = 1.0
 
-    def __init__(self, family: Family, batch: Batch, *, is_guided: bool) -> None:
+    def __init__(self, family: Family, batch: Batch, *, is_guided: bool, has_drafts: bool = False) -> None:
         self.family, self.batch, self.is_guided = family, batch, is_guided
+        self.is_whole = has_drafts and not batch.canvas.is_blockwise
 
     def read(self, row_H: Tensor) -> Hidden:
         canvas = self.batch.canvas.rows(row_H)
@@ -75,22 +78,25 @@ class Uncached:
             visible: Tensor | None = blocks.block_causal_mask(canvas.block_BS, canvas.is_real_BS)
         else:
             visible = blocks.full_mask(canvas.is_real_BS)
-        plain = self._window(row_H, canvas.input_BS, visible)
+        hidden_HSD = self.family.hidden(canvas.input_BS, _columns(canvas.input_BS), visible)
+        window_HK = self.batch.window(row_H)
+        plain_HKD = self._scoring(hidden_HSD, window_HK)
+        whole_HSD = self._scoring(hidden_HSD, _columns(canvas.input_BS)) if self.is_whole else None
         if not self.is_guided:
-            return Hidden(plain)
+            return Hidden(plain_HKD, whole_HSD=whole_HSD)
         is_given_HS = canvas.is_real_BS & ~canvas.is_completion_BS
         masked_HS = canvas.input_BS.masked_fill(is_given_HS, self.batch.mask_id)
-        return Hidden(plain, self._window(row_H, masked_HS, visible))
+        unconditional_HSD = self.family.hidden(masked_HS, _columns(masked_HS), visible)
+        return Hidden(plain_HKD, self._scoring(unconditional_HSD, window_HK), whole_HSD)
 
     def keep(self, index_H: Tensor) -> None:
         pass
 
-    def _window(self, row_H: Tensor, ids_HS: Tensor, visible: Tensor | None) -> Tensor:
-        hidden_HSD = self.family.hidden(ids_HS, _columns(ids_HS), visible)
-        window_HK = self.batch.window(row_H)
+    def _scoring(self, hidden_HSD: Tensor, position_HK: Tensor) -> Tensor:
+        """The states that score the tokens at `position_HK`."""
         if self.family.spec.is_shifted:
-            window_HK = (window_HK - 1).clamp(min=0)
-        return _take(hidden_HSD, window_HK)
+            position_HK = (position_HK - 1).clamp(min=0)
+        return _take(hidden_HSD, position_HK)
 
 
 class BlockCached:

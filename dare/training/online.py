@@ -8,6 +8,7 @@ prompts -> generate G completions each -> rewards -> advantages
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -18,9 +19,10 @@ from dare.core.engine import Engine
 from dare.core.recipe import Recipe
 from dare.core.rng import Key, stable_id
 from dare.core.text import Prompt
-from dare.core.types import Samples, TraceBatch
-from dare.diffusion.trace import scored_mask
+from dare.core.types import Drafts, Samples, TraceBatch
+from dare.diffusion.trace import draft_tokens, scored_mask
 from dare.evals.runner import Scored, as_record, evaluate_task, score_trace
+from dare.families.tokenizer import decode as decode_text
 from dare.families.tokenizer import encode_prompt
 from dare.rollout.stats import rollout_stats
 from dare.tasks.base import Task
@@ -43,11 +45,21 @@ def run_online(session: Session, engine: Engine, algorithm: Algorithm[Any], task
             encoded = [encode_prompt(tokenizer, prompt) for prompt in distinct]
             ids = _repeated(encoded, recipe.train.completions_per_prompt)
             sample_ids = [stable_id(prompt.uid, row) for row, prompt in enumerate(prompts)]
-            rollout_key = key.fold("rollout", step)
-            trace = engine.generate(ids, recipe.decode, rollout_key, sample_ids, session.reporter.advance)
+            trace = engine.generate(
+                ids,
+                recipe.decode,
+                key.fold("rollout", step),
+                sample_ids,
+                session.reporter.advance,
+                has_drafts="drafts" in algorithm.needs,
+                branching=algorithm.branching(recipe.train.completions_per_prompt),
+            )
         with session.phase("reward"):
             scored = score_trace(task, prompts, trace, tokenizer)
+            if trace.drafts is not None:
+                trace = replace(trace, drafts=judge_drafts(trace.drafts, trace, task, prompts, tokenizer))
             samples = build_samples(algorithm, trace, scored, recipe.train.completions_per_prompt)
+            samples = replace(samples, progress=(step - 1) / recipe.train.steps)
         with session.phase("update"):
             num = recipe.train.updates_per_rollout
             iterations = plan_iterations(engine, algorithm, samples, key.fold("views", step), num)
@@ -79,7 +91,23 @@ def build_samples(
         step_map_BS=trace.step_map_BS,
         rollout_logp_BS=trace.logp_BS,
         rollout_temperature=trace.temperature or 1.0,
+        eos_ids=trace.eos_ids,
+        reward_B=reward_B,
+        drafts=trace.drafts,
+        tree=trace.tree,
     )
+
+
+def judge_drafts(drafts: Drafts, trace: TraceBatch, task: Task[Any], prompts: list[Prompt], tokenizer: Any) -> Drafts:
+    """The drafts with the reward of each as a completion; equal drafts of a prompt are judged once."""
+    known: dict[tuple[str, str], float] = {}
+    rewards = []
+    for row, tokens in zip(drafts.sample_D.tolist(), draft_tokens(drafts, trace), strict=True):
+        prompt, text = prompts[row], decode_text(tokenizer, tokens)
+        if (prompt.uid, text) not in known:
+            known[prompt.uid, text] = task.reward(prompt, text).value
+        rewards.append(known[prompt.uid, text])
+    return replace(drafts, reward_D=torch.tensor(rewards, dtype=torch.float32))
 
 
 def rollout_metrics(trace: TraceBatch, scored: list[Scored], samples: Samples) -> dict[str, float]:

@@ -36,7 +36,9 @@ def train(recipe: Recipe, run_dir: Path, reporter: Reporter, *, is_resumed: bool
     rows = _encode(recipe, raw_rows, tokenizer, family_spec(recipe.model, tokenizer)) if raw_rows else []
     check_attention(recipe.algorithm.name, algorithm, family_spec(recipe.model, tokenizer).attention)
     executor = resolve("executors", recipe.executor)
-    engine = executor.create(recipe, tokenizer, needs_reference=algorithm.needs_reference)
+    engine = executor.create(
+        recipe, tokenizer, needs_reference=algorithm.needs_reference, critic_lr=algorithm.critic_lr
+    )
     session = Session(recipe, run_dir, reporter, is_resumed=is_resumed)
     if len(rows) < len(raw_rows):
         warnings.append(f"{len(raw_rows) - len(rows)} of {len(raw_rows)} rows are too long and were dropped")

@@ -9,7 +9,8 @@ Condition: both passes compute the same function; their largest difference is th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from dare.algorithms.base import Algorithm
 from dare.core.engine import Engine
 from dare.core.errors import NonFiniteError
 from dare.core.rng import Key
-from dare.core.types import Loss, Samples, Views
+from dare.core.types import AuxLoss, Judgement, Loss, Samples, Views
 
 
 @dataclass
@@ -29,6 +30,7 @@ class Iteration:
     views: Views
     old_RS: Tensor | None  # None: the first scoring pass of the update is the old policy's
     reference_RS: Tensor | None
+    judgement: Judgement | None = None  # of the critic, before the first update
 
 
 def plan_iterations(engine: Engine, algorithm: Algorithm[Any], samples: Samples, key: Key, num: int) -> list[Iteration]:
@@ -41,7 +43,10 @@ def plan_iterations(engine: Engine, algorithm: Algorithm[Any], samples: Samples,
         views = algorithm.corrupt(samples, key.fold(index))
         old = engine.score(views, samples) if index > 0 and algorithm.needs_old else None
         reference = engine.score(views, samples, is_reference=True) if algorithm.needs_reference else None
-        plans.append(Iteration(views, old, reference))
+        judgement = None
+        if algorithm.critic_lr is not None:
+            judgement = algorithm.judge(engine.score(views, samples, role="critic"), views, samples)
+        plans.append(Iteration(views, old, reference, judgement))
     return plans
 
 
@@ -51,11 +56,13 @@ def update(engine: Engine, algorithm: Algorithm[Any], samples: Samples, iteratio
     Raises NonFiniteError if the loss or the gradient is not finite; no weight has changed then.
     """
     views = iteration.views
+    samples = replace(samples, judgement=iteration.judgement)
+    auxiliary = algorithm.auxiliary(views, samples)
     if algorithm.is_linear:
         # The gradient of a linear loss does not depend on where it is taken, so no scoring pass is needed.
         zero_RS = torch.zeros(views.noisy_RS.shape)
         _, grad_RS = _loss_and_grad(algorithm, zero_RS, zero_RS, iteration, samples)
-        logp_RS = engine.accumulate(views, samples, grad_RS)
+        logp_RS = engine.accumulate(views, samples, grad_RS, auxiliary=auxiliary)
         logp_RS = torch.where(logp_RS.isnan() & (grad_RS == 0), 0.0, logp_RS)
         loss = algorithm.loss(logp_RS, logp_RS, iteration.reference_RS, views, samples)
         gap = 0.0
@@ -63,12 +70,37 @@ def update(engine: Engine, algorithm: Algorithm[Any], samples: Samples, iteratio
         logp_RS = engine.score(views, samples)
         old_RS = logp_RS if iteration.old_RS is None else iteration.old_RS
         loss, grad_RS = _loss_and_grad(algorithm, logp_RS, old_RS, iteration, samples)
-        replay_RS = engine.accumulate(views, samples, grad_RS)
+        replay_RS = engine.accumulate(views, samples, grad_RS, auxiliary=auxiliary)
         is_replayed = (grad_RS != 0).any(-1, keepdim=True) & views.is_target_RS
         gap = float((replay_RS - logp_RS).abs()[is_replayed].max()) if bool(is_replayed.any()) else 0.0
     _require_finite(loss, logp_RS, views)
     metrics = {name: metric.mean for name, metric in loss.metrics.items()}
-    return {"loss": float(loss.value.detach()), **metrics, "replay_gap": gap, **engine.step()}
+    value = float(loss.value.detach())
+    if auxiliary is not None:
+        metrics[auxiliary.name] = _aux_value(auxiliary)
+        value += metrics[auxiliary.name]
+    critic = _accumulate_critic(engine, algorithm, samples, views) if algorithm.critic_lr is not None else {}
+    metrics = {"loss": value, **metrics, "replay_gap": gap, **engine.step()}
+    if critic:
+        critic |= engine.step(role="critic")
+    return {**metrics, **{f"critic/{name}": number for name, number in critic.items()}}
+
+
+def _accumulate_critic(engine: Engine, algorithm: Algorithm[Any], samples: Samples, views: Views) -> dict[str, float]:
+    """The critic's gradient, as the policy's: score, loss on values, replayed backward. Returns the loss's metrics."""
+    value_RS = engine.score(views, samples, role="critic").requires_grad_()
+    loss = algorithm.value_loss(value_RS, views, samples)
+    _require_finite(loss, value_RS.detach(), views)
+    (grad_RS,) = torch.autograd.grad(loss.value, value_RS)
+    engine.accumulate(views, samples, grad_RS, role="critic")
+    return {"loss": float(loss.value.detach()), **{name: metric.mean for name, metric in loss.metrics.items()}}
+
+
+def _aux_value(auxiliary: AuxLoss) -> float:
+    value = float(auxiliary.value_A.double().sum())
+    if not math.isfinite(value):
+        raise NonFiniteError("the auxiliary loss is not finite", where=auxiliary.name, got=value)
+    return value
 
 
 def _loss_and_grad(

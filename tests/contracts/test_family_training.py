@@ -17,6 +17,7 @@ from dare.executors.local import LocalEngine
 from dare.families.base import Family
 from dare.training.update import plan_iterations, update
 from tests.conftest import tiny_family
+from tests.numerics.records import with_records
 
 MIXTURES = {"llada_moe", "sdar_moe", "llada2"}
 
@@ -37,15 +38,21 @@ def engine_and_algorithm(
     }
     recipe = parse_recipe(data, where="test")
     built = recipe.algorithm.build()
-    engine = LocalEngine(recipe, copy.deepcopy(family), num_updates=num_steps, needs_reference=built.needs_reference)
+    engine = LocalEngine(
+        recipe,
+        copy.deepcopy(family),
+        num_updates=num_steps,
+        needs_reference=built.needs_reference,
+        critic_lr=built.critic_lr,
+    )
     return engine, built
 
 
 def ragged_samples(family: Family) -> Samples:
-    """Three rows of two groups, with advantages and a step map of one token per step."""
-    prompts, completions = [[1, 2], [3, 4, 5], [6]], [[7, 8, 9, 10, 11, 12], [13, 14, 15, 16], [17, 18, 19]]
+    """Groups of two rows and of one, with advantages and a step map of one token per step."""
+    prompts, completions = [[1, 2], [1, 2], [6, 3, 4]], [[7, 8, 9, 10, 11, 12], [13, 14, 15, 16, 2, 1], [17, 18, 19]]
     canvas = family.canvas(prompts, completions)
-    return Samples(
+    samples = Samples(
         canvas=canvas,
         is_scored_BS=canvas.is_completion_BS.clone(),
         sample_id_B=torch.arange(3),
@@ -55,6 +62,7 @@ def ragged_samples(family: Family) -> Samples:
         step_map_BS=torch.where(canvas.is_completion_BS, canvas.is_completion_BS.cumsum(-1) - 1, -1),
         rollout_logp_BS=torch.zeros(canvas.input_BS.shape),
     )
+    return with_records(samples)
 
 
 def fine_tune(family: Family, *, micro_batch_views: int, num_steps: int) -> list[dict[str, float]]:

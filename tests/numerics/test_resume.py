@@ -75,6 +75,9 @@ def _logs(run_dir: Path) -> dict[str, bytes]:
         ("llada", "espo", "float32", "update", 4),
         ("llada", "sft", "bfloat16", "save", 2),
         ("sdar", "cj_grpo", "float32", "rollout", 1),
+        ("sdar", "tracerl_value", "float32", "update", 4),
+        ("llada", "dtreerpo", "bfloat16", "update", 5),
+        ("llada", "mdpo", "float32", "rollout", 4),
     ],
 )
 def test_killed_run_continues_bit_for_bit(
@@ -100,7 +103,9 @@ def test_killed_run_continues_bit_for_bit(
     steps = [json.loads(line) for line in _logs(tmp_path / "whole")["metrics"].splitlines()]
     assert len({step["grad_norm"] for step in steps}) == len(steps)
     last = [list_checkpoints(tmp_path / name / "checkpoints")[-1] for name in ("whole", "killed")]
-    for name in ("model.safetensors", "trainer/optimizer.safetensors", "config.json"):
+    names = ["config.json", *(str(path.relative_to(last[0])) for path in last[0].rglob("*.safetensors"))]
+    assert ("trainer/critic.safetensors" in names) == (algorithm == "tracerl_value")
+    for name in names:
         assert (last[0] / name).read_bytes() == (last[1] / name).read_bytes()
     assert not list((tmp_path / "killed" / "checkpoints").glob(".*"))
 
