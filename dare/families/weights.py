@@ -7,6 +7,7 @@ is never executed.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -54,6 +55,15 @@ def read_spec(path: str | Path) -> FamilySpec:
     return _describe(Path(path))[1]
 
 
+def outline_family(path: str | Path) -> Family:
+    """The family of a checkpoint with its network on the meta device: it lays canvases out, but cannot forward.
+
+    Raises DareError as `load_family` does for the configs.
+    """
+    family_type, spec, config, generation_config = _describe(Path(path))
+    return Family(spec, _build(family_type, config), config, generation_config)
+
+
 def load_weights(family: Family, folder: Path) -> None:
     """Overwrite the weights of `family` in place; its dtype and device stay. Raises DareError like `load_family`."""
     shards = Shards(folder)
@@ -61,18 +71,21 @@ def load_weights(family: Family, folder: Path) -> None:
     _fill(family.network, shards)
 
 
-def save_family(family: Family, directory: Path, dtype: torch.dtype | None = None) -> None:
+def save_family(
+    family: Family, directory: Path, dtype: torch.dtype | None = None, *, state: Mapping[str, Tensor] | None = None
+) -> None:
     """Write config.json, generation_config.json (if there is one) and model.safetensors into `directory`.
 
     Names are the official ones, a tied head is not stored, fields of the config that were not touched are kept.
     Buffers are stored as the checkpoint had them, or in float32. The bytes depend on nothing but the weights, the
-    config and `dtype` (None: the family's). Raises DareError if the weights cannot be written.
+    config and `dtype` (None: the family's). `state`: the weights, where the network itself holds only shards of them.
+    Raises DareError if the weights cannot be written.
     """
     stored = dtype or family.dtype
     buffers = dict(family.network.named_buffers())
     tensors = {
         name: tensor.detach().to(device="cpu", dtype=stored).contiguous()
-        for name, tensor in family.network.state_dict().items()
+        for name, tensor in (family.network.state_dict() if state is None else state).items()
         if name not in buffers
     }
     for name, buffer in buffers.items():
