@@ -71,21 +71,30 @@ def load_weights(family: Family, folder: Path) -> None:
     _fill(family.network, shards)
 
 
-def save_family(
-    family: Family, directory: Path, dtype: torch.dtype | None = None, *, state: Mapping[str, Tensor] | None = None
-) -> None:
+def filled_family(family: Family, tensors: Mapping[str, Tensor]) -> Family:
+    """A copy of `family` that holds `tensors`: whole parameters and buffers by name, taken as they are."""
+    where = "the config of a family in memory"
+    network = _build(find_family_type(family.config, where=where), family.config)
+    for name, tensor in tensors.items():
+        prefix, _, leaf = name.rpartition(".")
+        owner = network.get_submodule(prefix)
+        is_parameter = leaf in owner._parameters
+        setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
+    return Family(family.spec, network, family.config, family.generation_config, family.buffer_dtypes)
+
+
+def save_family(family: Family, directory: Path, dtype: torch.dtype | None = None) -> None:
     """Write config.json, generation_config.json (if there is one) and model.safetensors into `directory`.
 
     Names are the official ones, a tied head is not stored, fields of the config that were not touched are kept.
     Buffers are stored as the checkpoint had them, or in float32. The bytes depend on nothing but the weights, the
-    config and `dtype` (None: the family's). `state`: the weights, where the network itself holds only shards of them.
-    Raises DareError if the weights cannot be written.
+    config and `dtype` (None: the family's). Raises DareError if the weights cannot be written.
     """
     stored = dtype or family.dtype
     buffers = dict(family.network.named_buffers())
     tensors = {
         name: tensor.detach().to(device="cpu", dtype=stored).contiguous()
-        for name, tensor in (family.network.state_dict() if state is None else state).items()
+        for name, tensor in family.network.state_dict().items()
         if name not in buffers
     }
     for name, buffer in buffers.items():

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from verl.workers.engine import EngineRegistry, FSDPEngine
 
 from dare.core.decode import Decode
@@ -26,7 +26,7 @@ from dare.executors.verl.model import MODEL_TYPE, DiffusionModel
 from dare.executors.verl.split import Shard
 from dare.families.build import build_family
 from dare.families.layers.moe import ExpertLoad
-from dare.families.weights import load_family, save_family
+from dare.families.weights import filled_family, load_family, save_family
 from dare.training.optim import Optimizer
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -113,16 +113,16 @@ class DiffusionFSDPEngine(FSDPEngine):  # type: ignore[misc]
         """One checkpoint of whole tensors, the one that a single process would write; the first process writes it."""
         is_first = dist.get_rank() == 0
         family, stored = self.local.family, _DTYPES[self.model_config.recipe.model.dtype]
-        weights = shards.whole(family.network.state_dict(), is_kept=is_first)
+        weights = shards.whole(_tensors(family.network), is_kept=is_first)
         optimizer = shards.whole(self.local.optimizer.state(), is_kept=is_first)
-        if stored != torch.float32:
-            optimizer |= {f"master/{name}": weights[name] for name in self.local.optimizer.masters if name in weights}
+        if stored != torch.float32 and is_first:  # then the weights alone would not do
+            optimizer |= {f"master/{name}": weights[name] for name in self.local.optimizer.masters}
         files = {"optimizer": optimizer}
         if self.local.critic is not None:
             files["critic"] = shards.whole(self.local.critic.state(), is_kept=is_first)
             files["critic_optimizer"] = shards.whole(self.local.critic_optimizer.state(), is_kept=is_first)
         if is_first:
-            save_family(family, directory, stored, state=weights)
+            save_family(filled_family(family, weights), directory, stored)
             for name, tensors in files.items():
                 save_file(tensors, directory / "trainer" / f"{name}.safetensors")
         dist.barrier()
@@ -130,7 +130,7 @@ class DiffusionFSDPEngine(FSDPEngine):  # type: ignore[misc]
     def load(self, directory: Path) -> None:
         """Read what `save` of any number of processes wrote."""
         optimizer = read_tensors(directory, "optimizer")
-        loaded = load_family(directory, torch.float32, "cpu").network.state_dict()
+        loaded = _tensors(load_family(directory, torch.float32, "cpu").network)
         masters = {name.removeprefix("master/"): t for name, t in optimizer.items() if name.startswith("master/")}
         self._restore(self.local.optimizer, {**loaded, **masters}, optimizer)
         with torch.no_grad():
@@ -151,3 +151,8 @@ class DiffusionFSDPEngine(FSDPEngine):  # type: ignore[misc]
             if kind != "master":
                 mine[key] = shards.like(tensor, optimizer.parameters[name]) if name else tensor
         optimizer.load_state(mine)
+
+
+def _tensors(network: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers under the names of the modules, which may differ from those of a checkpoint."""
+    return {**dict(network.named_parameters()), **dict(network.named_buffers())}

@@ -31,14 +31,8 @@ def sharder(
 
     def shard(network: Network) -> None:
         for layer in network.layers:
-            fully_shard(
-                layer,
-                mesh=mesh,
-                mp_policy=precision,
-                offload_policy=offload,
-                reshard_after_forward=reshard_after_forward,
-            )
-        fully_shard(network, mesh=mesh, mp_policy=precision, offload_policy=offload, reshard_after_forward=False)
+            cut(layer, reshard_after_forward=reshard_after_forward)
+        cut(network, reshard_after_forward=False)
 
     return shard
 

@@ -102,9 +102,9 @@ class _OnRay:
             _connect(options)
         has_gpu = torch.cuda.is_available()
         _require_room("GPU" if has_gpu else "CPU", self.num)
-        pool = RayResourcePool([self.num], use_gpu=has_gpu, max_colocate_count=1)
+        self.pool = RayResourcePool([self.num], use_gpu=has_gpu, max_colocate_count=1)
         actor = RayClassWithInitArgs(ray.remote(DiffusionWorker), config=config)
-        self.group = RayWorkerGroup(pool, actor, device_name="cuda" if has_gpu else "cpu")
+        self.group = RayWorkerGroup(self.pool, actor, device_name="cuda" if has_gpu else "cpu")
         self.group.reset()
 
     def each(self, verb: str, *arguments: list[Any]) -> list[Any]:
@@ -134,6 +134,8 @@ class _OnRay:
 
         for worker in self.group.workers:
             ray.kill(worker)
+        for placement in self.pool.pgs or []:  # a killed actor does not give its place back
+            ray.util.remove_placement_group(placement)
         if self.is_ours:
             ray.shutdown()
 
@@ -169,12 +171,12 @@ def _connect(options: VerlOptions) -> None:
 def _require_room(kind: str, num: int) -> None:
     import ray
 
-    have = int(ray.cluster_resources().get(kind, 0))
+    have = int(ray.available_resources().get(kind, 0))
     if have < num:
         raise DareError(
-            f"the cluster has too few {kind}s for the workers",
+            f"the cluster has too few free {kind}s for the workers",
             where="executor.num_workers",
-            got=f"{num} workers, {have} {kind}s",
+            got=f"{num} workers, {have} free {kind}s",
             fix=f"set executor.num_workers to {max(have, 1)} or fewer, or add nodes",
         )
 
