@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import tempfile
+import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ from dare.core.recipe import Recipe
 from dare.executors.choices import VerlOptions
 
 _PLATFORM = "VERL_PLATFORM"
+_ROOM_S = 60.0  # how long to wait for places that others are giving back, seconds
 
 
 class Workers(Protocol):
@@ -169,15 +171,20 @@ def _connect(options: VerlOptions) -> None:
 
 
 def _require_room(kind: str, num: int) -> None:
+    """Raises DareError if the cluster is too small, or still too full after a while: places are given back late."""
     import ray
 
-    have = int(ray.available_resources().get(kind, 0))
-    if have < num:
+    total, deadline = int(ray.cluster_resources().get(kind, 0)), time.monotonic() + _ROOM_S
+    free = int(ray.available_resources().get(kind, 0))
+    while total >= num > free and time.monotonic() < deadline:
+        time.sleep(0.5)
+        free = int(ray.available_resources().get(kind, 0))
+    if free < num:
         raise DareError(
             f"the cluster has too few free {kind}s for the workers",
             where="executor.num_workers",
-            got=f"{num} workers, {have} free {kind}s",
-            fix=f"set executor.num_workers to {max(have, 1)} or fewer, or add nodes",
+            got=f"{num} workers, {free} of {total} {kind}s free",
+            fix=f"set executor.num_workers to {max(free, 1)} or fewer, add nodes, or wait for other jobs",
         )
 
 
