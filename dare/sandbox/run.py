@@ -3,8 +3,8 @@
     verdict = Sandbox().run(Program(code="def double(x): return 2 * x", tests="assert double(2) == 4"))
 
 A program gets a fresh interpreter and a jail (`dare.sandbox.jail.warden`). What it returns, prints or exits with
-decides nothing: the tests run in another process and see its results as plain data, and a verdict counts only with a nonce that
-is read after the program has ended.
+decides nothing: the tests run in another process and see its results as plain data, and a verdict counts only with a
+nonce that is read after the program has ended.
 """
 
 from __future__ import annotations
