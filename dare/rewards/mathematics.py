@@ -17,6 +17,7 @@ from typing import Literal
 from dare.rewards.child import Child
 
 MAX_TEXT = 200_000  # characters of a completion that are looked at, from its end
+_MAX_BOXES = 100  # unmatched ones cost time
 MAX_ANSWER = 400  # characters of an answer; a longer one is none
 
 Equality = Literal["equal", "different", "no_gold"]
@@ -32,7 +33,7 @@ _MARKUP = str.maketrans("", "", "$*`")
 def last_boxed(text: str) -> str | None:
     r"""The content of the last \boxed{...} whose braces match; None if there is none."""
     text = text[-MAX_TEXT:]
-    for match in reversed(list(_BOXED.finditer(text))):
+    for match in reversed(list(_BOXED.finditer(text))[-_MAX_BOXES:]):
         depth = 1
         for place in range(match.end(), min(len(text), match.end() + MAX_ANSWER + 1)):
             depth += (text[place] == "{") - (text[place] == "}")

@@ -13,7 +13,10 @@ from dare.families.tokenizer import char_tokenizer
 from dare.families.weights import create_family, save_family
 
 ASCII = "".join(map(chr, range(32, 127))) + "\n"
-TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
 
 HUMANEVAL = {
     "task_id": "X/0",
@@ -28,16 +31,18 @@ MBPP = {
     "test_list": ["assert add(1, 2) == 3", "assert add(0, 0) == 0"],
     "test_setup_code": "",
 }
-CHOICE_ROWS: dict[str, dict[str, Any]] = {
+CHOICE_SPLITS = {"hellaswag": "validation", "piqa": "validation", "winogrande": "validation", "gpqa": "train"}
+ROWS: dict[str, dict[str, Any]] = {
     "mmlu": {"question": "1+1?", "choices": ["1", "2", "3", "4"], "answer": 1, "subject": "sums"},
     "mmlu_pro": {"question": "1+1?", "options": ["1", "2", "3"], "answer": "B", "answer_index": 1, "category": "math"},
-    "hellaswag": {"activity_label": "Run", "ctx": "He runs and", "endings": ["falls.", "flies.", "is.", "a"], "label": "0"},
+    "hellaswag": {"activity_label": "Run", "ctx": "He runs and", "endings": ["falls.", "flies.", "a"], "label": "0"},
     "arc_c": {"question": "Hot?", "choices": {"text": ["ice", "fire"], "label": ["1", "2"]}, "answerKey": "2"},
     "gpqa": {"Question": "Why?", "Correct Answer": "so", "Incorrect Answer 1": "a", "Incorrect Answer 2": "b",
              "Incorrect Answer 3": "c"},
     "piqa": {"goal": "Open it", "sol1": "pull", "sol2": "sing", "label": 0},
     "winogrande": {"sentence": "The cup is in the box as _ is big.", "option1": "cup", "option2": "box", "answer": "2"},
 }  # fmt: skip
+SPLITS = {"hellaswag": "validation", "piqa": "validation", "winogrande": "validation", "gpqa": "train"}
 ROWS: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "gsm8k": ("test", [{"question": f"What is {n} plus 2?", "answer": f"{n} + 2.\n#### {n + 2}"} for n in range(9)]),
     "math": ("test", [{"problem": "Half of 1?", "solution": "It is $\\boxed{\\frac{1}{2}}$.", "type": "Algebra"}]),
@@ -45,12 +50,12 @@ ROWS: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "aime24": ("test", [{"problem": "?", "solution": "\\boxed{204}"}]),
     "aime25": ("test", [{"problem": "?", "answer": "70"}]),
     "olympiadbench": ("train", [{"question": "?", "final_answer": ["$\\sqrt{2}$"], "solution": ["x"]}]),
-    **{name: ("validation" if name in ("hellaswag", "piqa", "winogrande") else "train" if name == "gpqa" else "test", [row])
-       for name, row in CHOICE_ROWS.items()},
+    **{name: (SPLITS.get(name, "test"), [row]) for name, row in CHOICE_ROWS.items()},
     "humaneval": ("test", [HUMANEVAL]),
     "mbpp": ("test", [MBPP]),
     "mbpp_sanitized": ("test", [{**MBPP, "prompt": "Add.", "test_imports": []}]),
-    "ifeval": ("train", [{"prompt": "Say no comma.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}]),
+    "ifeval": ("train", [{"prompt": "Say no comma.", "instruction_id_list": ["punctuation:no_comma"],
+                          "kwargs": [{}]}]),
     "countdown": ("test", [{"input": "2,3,7", "output": "20"}]),
     "sudoku": ("test", [{"Puzzle": "0234341221434321", "Solution": "1234341221434321"}]),
 }  # fmt: skip

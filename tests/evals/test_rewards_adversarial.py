@@ -51,7 +51,8 @@ def test_the_last_answer_counts(text: str, strict: str | None, flexible: str | N
 
 @pytest.mark.parametrize(
     "answer",
-    ["7 or 8", "7, 8", "7 8", "\u0667", "\uff17", "7**1", "7+0", "0x7", "7e0", "seven", "07.0.0", "--7", "7/1", "[7]", "7=7",
+    ["7 or 8", "7, 8", "7^2", "7 8", "\u0667", "\uff17",
+     "7**1", "7+0", "0x7", "7e0", "seven", "07.0.0", "--7", "7/1", "[7]", "7=7",
      "\u00bd", "7\u00b2", HUGE, "1_7", "nan", "inf", "", None, "__import__('os')", "7\x00", "{7}"],
 )  # fmt: skip
 def test_only_a_plain_number_is_a_number(answer: str | None) -> None:
@@ -95,14 +96,12 @@ def test_mathematical_equality(gold: str, answer: str | None, expected: str, che
     assert checker.compare(gold, answer) == expected  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_bombs_end_and_the_checker_goes_on(checker: object) -> None:
     start = time.monotonic()
     assert checker.compare("\\pi", "9^{9^{9^{9}}}") == "different"  # type: ignore[attr-defined]
     assert time.monotonic() - start < 60
     assert checker.compare("\\pi", "\\pi") == "equal"  # type: ignore[attr-defined]
-
-
-test_bombs_end_and_the_checker_goes_on = pytest.mark.slow(test_bombs_end_and_the_checker_goes_on)
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +260,8 @@ def test_code_is_found() -> None:
         ("combination:repeat_prompt", {"prompt_to_repeat": "Say it"}, "say it: x", "x say it"),
         ("startend:end_checker", {"end_phrase": "The end."}, "x. the end.", "The end. x"),
         ("startend:quotation", {}, '"a"', '"'),
-        ("change_case:capital_word_frequency", {"capital_frequency": 2, "capital_relation": "at least"}, "AB CD", "AB cd"),
+        ("change_case:capital_word_frequency", {"capital_frequency": 2, "capital_relation": "at least"},
+         "AB CD", "AB cd"),
         ("change_case:english_capital", {}, "ABC 1", "ABc"),
         ("change_case:english_lowercase", {}, "abc 1", "abC"),
         ("punctuation:no_comma", {}, "a b", "a, b"),
@@ -274,7 +274,7 @@ def test_instructions(instruction: str, arguments: dict[str, object], good: str,
 
 
 def test_every_instruction_of_the_published_list_is_tested() -> None:
-    cases = {mark.args[1][i][0] for mark in test_instructions.pytestmark for i in range(len(mark.args[1]))}  # type: ignore[attr-defined]
+    cases = {case[0] for mark in test_instructions.pytestmark for case in mark.args[1]}  # type: ignore[attr-defined]
     assert cases == set(VERIFIERS)
     assert len(VERIFIERS) == 25
 
@@ -330,4 +330,4 @@ def test_long_texts_take_bounded_time() -> None:
         equal_numbers("7", text)
         for name in ("detectable_format:title", "detectable_format:number_highlighted_sections"):
             follows(name, {"num_highlights": 1}, text[:100_000])
-    assert time.process_time() - start < 20
+    assert time.process_time() - start < 5

@@ -77,6 +77,8 @@ class ChoiceBenchmark(Benchmark):
 def _index(answer: object) -> int:
     """0-based, from a number or a letter."""
     text = str(answer).strip()
+    if not text:
+        raise ValueError("there is no gold choice")
     return int(text) if text.isdigit() else LETTERS.index(text.upper())
 
 

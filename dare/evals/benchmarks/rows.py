@@ -85,7 +85,7 @@ def parse_rows(
     for index, row in enumerate(read_rows(path)):
         try:
             parsed.append(parse(row, f"{name}/{origin.split}/{index}"))
-        except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
+        except (KeyError, ValueError, TypeError, IndexError, AttributeError, SyntaxError) as error:
             raise DareError(
                 f"this is not a row of {name}",
                 where=f"{path}, row {index}",
