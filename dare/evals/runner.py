@@ -56,8 +56,8 @@ def evaluate_task(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Solve the first `num` problems of a split once each.
 
-    Returns a summary (counts, solve rate with its 95 % Wilson interval, empty answers, mean reward and its parts, NFE, tokens per
-    forward, EOS and truncation rates, decode settings) and a record per problem (the first `num_records`).
+    Returns a summary (counts, empty answers, solve rate with its 95 % Wilson interval, mean reward and its parts, NFE,
+    tokens per forward, EOS and truncation rates, decode settings) and a record per problem (the first `num_records`).
     Solve rate and reward are kept apart: partial credit never counts as solved.
     """
     prompts = [task.prompt(split, index) for index in range(min(num, task.size(split)))]

@@ -75,6 +75,7 @@ class _Work:
     style: Style
     documents: list[Document]
     prompts: list[Prompt]
+    solved: str  # examples before a likelihood's context
     key: Key
 
 
@@ -134,17 +135,38 @@ def _prepare(backend: Backend, benchmark: Benchmark, settings: Settings) -> _Wor
         )
     documents = benchmark.documents()[: settings.limit]
     shots = benchmark.shots(settings.num_shots)
-    style: Style = backend.default_style() if settings.style == "auto" else settings.style
+    style = _pick_style(backend, settings)
     prompts = [benchmark.prompt(document, shots, style) for document in documents]
     key = Key(settings.seed).fold("evaluation", benchmark.name)
-    return _Work(benchmark, backend, settings, style, documents, prompts, key)
+    return _Work(benchmark, backend, settings, style, documents, prompts, _solved(shots), key)
+
+
+def _pick_style(backend: Backend, settings: Settings) -> Style:
+    if settings.method == "generate":
+        return backend.default_style() if settings.style == "auto" else settings.style
+    if settings.style == "chat":
+        raise DareError(
+            "likelihoods are those of plain text",
+            where="task.style",
+            got="chat",
+            fix="set style to text, or leave it out",
+        )
+    return "text"
+
+
+def _solved(shots: Sequence[Document]) -> str:
+    """Examples before a likelihood's context, each with its right choice."""
+    right = [shot.requests[shot.gold_choice] for shot in shots if shot.gold_choice is not None]
+    return "".join(f"{context}{text}\n\n" for context, text in right)
 
 
 def _identity(work: _Work) -> dict[str, Any]:
     """What makes two runs comparable: the task hash covers prompts, data and scoring, but no sampler."""
     path = work.benchmark.data_path()
     prompts = [prompt.text or [dict(message) for message in prompt.messages or ()] for prompt in work.prompts]
-    asked = [document.requests for document in work.documents] if work.settings.method == "likelihood" else prompts
+    asked: Any = prompts
+    if work.settings.method == "likelihood":
+        asked = [work.solved, *(document.requests for document in work.documents)]
     identity = {
         "task": work.benchmark.name,
         "version": work.benchmark.version,
@@ -251,7 +273,7 @@ def _judge_choices(work: _Work, items: Sequence[tuple[int, int]]) -> list[Record
     for index, _ in items:
         document = work.documents[index]
         for context, text in document.requests:
-            prompt = Prompt(document.uid, text=context)
+            prompt = Prompt(document.uid, text=work.solved + context)
             continuations.append(Continuation(prompt, text, stable_id("likelihood", document.uid)))
     values = iter(work.backend.log_likelihoods(continuations, work.settings.likelihood, work.key))
     records = []

@@ -31,8 +31,7 @@ MBPP = {
     "test_list": ["assert add(1, 2) == 3", "assert add(0, 0) == 0"],
     "test_setup_code": "",
 }
-CHOICE_SPLITS = {"hellaswag": "validation", "piqa": "validation", "winogrande": "validation", "gpqa": "train"}
-ROWS: dict[str, dict[str, Any]] = {
+CHOICE_ROWS: dict[str, dict[str, Any]] = {
     "mmlu": {"question": "1+1?", "choices": ["1", "2", "3", "4"], "answer": 1, "subject": "sums"},
     "mmlu_pro": {"question": "1+1?", "options": ["1", "2", "3"], "answer": "B", "answer_index": 1, "category": "math"},
     "hellaswag": {"activity_label": "Run", "ctx": "He runs and", "endings": ["falls.", "flies.", "a"], "label": "0"},

@@ -14,6 +14,7 @@ from dare.api import evaluate_benchmarks
 from dare.core.errors import DareError
 from dare.core.files import read_lines
 from dare.evals import suite
+from dare.evals.backend import NativeBackend
 from dare.evals.benchmarks.table import BENCHMARKS
 from dare.evals.compare import compare_text, load_runs, table_text
 from dare.evals.suite import Shard
@@ -139,6 +140,24 @@ def test_choices_by_likelihood(task: str, checkpoint: Path, data: Path, tmp_path
     assert first["headline"] == "acc"
 
 
+def test_examples_come_before_a_likelihood_s_context(
+    ascii_checkpoints: dict[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(data / "arc_c" / "test.jsonl", data / "arc_c" / "train.jsonl")
+    seen: list[str] = []
+    original = NativeBackend.log_likelihoods
+
+    def watch(self: NativeBackend, items: list[Any], *rest: Any) -> list[float]:
+        seen.extend(f"{item.prompt.text}|{item.text}" for item in items)
+        return original(self, items, *rest)
+
+    monkeypatch.setattr(NativeBackend, "log_likelihoods", watch)
+    overrides = {"task.method": "likelihood", "likelihood.num_samples": 1, "task.num_shots": 1}
+    _run(ascii_checkpoints["llada"], tmp_path, ["arc_c"], overrides=overrides)
+    solved = "Question: Hot?\nAnswer: fire\n\n"
+    assert seen == [f"{solved}Question: Hot?\nAnswer:| {choice}" for choice in ("ice", "fire")]
+
+
 def test_procedural_tasks_are_benchmarks_too(ascii_checkpoints: dict[str, Path], data: Path, tmp_path: Path) -> None:
     name = "reasoning_gym:spell_backward"
     manifest = _run(ascii_checkpoints["llada"], tmp_path, [name], overrides={"task.limit": 2})[name]
@@ -154,6 +173,8 @@ def test_mistakes_are_named_before_anything_runs(checkpoint: Path, data: Path, t
         _run(checkpoint, tmp_path, ["gsm8k"], overrides={"task.method": "likelihoods"})
     with pytest.raises(DareError, match="cannot be judged by likelihood"):
         _run(checkpoint, tmp_path, ["gsm8k"], overrides={"task.method": "likelihood"})
+    with pytest.raises(DareError, match="plain text"):
+        _run(checkpoint, tmp_path, ["mmlu"], overrides={"task.method": "likelihood", "task.style": "chat"})
     with pytest.raises(DareError, match="too few examples"):
         _run(checkpoint, tmp_path, ["gsm8k"], overrides={"task.num_shots": 4})
     with pytest.raises(DareError, match="has no examples"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -83,29 +84,38 @@ def _index(answer: object) -> int:
 
 
 def read_mmlu(row: Row, uid: str) -> Question:
+    """cais/mmlu: choices are a list, the answer an index or a letter."""
     return Question(row["question"].strip(), list(row["choices"]), _index(row["answer"]), str(row.get("subject", "")))
 
 
 def read_mmlu_pro(row: Row, uid: str) -> Question:
+    """TIGER-Lab/MMLU-Pro: up to ten options."""
     gold = row["answer_index"] if "answer_index" in row else row["answer"]
     return Question(row["question"].strip(), list(row["options"]), _index(gold), str(row.get("category", "")))
 
 
 def read_arc(row: Row, uid: str) -> Question:
+    """AI2's layout: labels are letters or numbers."""
     choices = row["choices"]
     return Question(row["question"], list(choices["text"]), list(choices["label"]).index(row["answerKey"]))
 
 
 def read_hellaswag(row: Row, uid: str) -> Question:
+    """Without the marks of the web page that half of the scenes were taken from, such as [header]."""
     label = str(row.get("activity_label") or "")
-    context = f"{label}: {row['ctx']}" if label else str(row["ctx"])
-    endings = [str(ending).strip() for ending in row["endings"]]
+    context = _unmarked(f"{label}: {row['ctx']}" if label else str(row["ctx"]))
+    endings = [_unmarked(str(ending)) for ending in row["endings"]]
     gold = _index(row["label"])
     question = f"What happens next?\n{context}"
     return Question(question, endings, gold, requests=tuple((context, f" {ending}") for ending in endings))
 
 
+def _unmarked(text: str) -> str:
+    return " ".join(re.sub(r"\[[a-z]+\]", " ", text.replace(" [title]", ". ")).split())
+
+
 def read_piqa(row: Row, uid: str) -> Question:
+    """Two ways of doing something."""
     return Question(row["goal"], [row["sol1"], row["sol2"]], _index(row["label"]))
 
 
