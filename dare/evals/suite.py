@@ -241,7 +241,7 @@ def _judge_completions(work: _Work, items: Sequence[tuple[int, int]]) -> list[Re
     ids = [stable_id(document.uid, "sample", sample) for document, (_, sample) in zip(documents, items, strict=True)]
     prompts = [work.prompts[index] for index, _ in items]
     completions = work.backend.generate(prompts, work.settings.decode, work.key, ids)
-    texts = [completion.text or "" for completion in completions]
+    texts = [work.benchmark.cut(completion.text or "", work.style) for completion in completions]
     outcomes = work.benchmark.score_all(documents, texts)
     records = []
     for (index, sample), document, completion, text, outcome in zip(

@@ -115,7 +115,12 @@ def _run(program: Program, limits: Limits, level: Level) -> Verdict:
             os.close(alive_reader)
             for file in files:
                 file.close()
-        said, output, is_over = _collect(process, reader, alive_writer, limits)
+        try:
+            said, output, is_over = _collect(process, reader, alive_writer, limits)
+        except BaseException:  # the caller is interrupted: so is the program
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            raise
     return _verdict(said, nonce, output, is_over, level)
 
 
@@ -142,9 +147,15 @@ def _start(request: dict[str, Any]) -> subprocess.Popen[bytes]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         pass_fds=[request[name] for name in names],
-        env={"PYTHONHASHSEED": "0"},  # the order of a set is no chance; the program sees an empty environment
+        env=_environment(),
         start_new_session=True,
     )
+
+
+def _environment() -> dict[str, str]:
+    """What the interpreter needs to start; the program sees an empty environment. The order of a set is no chance."""
+    libraries = os.environ.get("LD_LIBRARY_PATH")
+    return {"PYTHONHASHSEED": "0", **({"LD_LIBRARY_PATH": libraries} if libraries else {})}
 
 
 def _collect(

@@ -168,6 +168,14 @@ def test_shots_are_solved_in_the_style_of_the_model(data: Path) -> None:
     assert text.endswith("What is 5 plus 2?\nAnswer:")
 
 
+def test_a_model_without_a_template_is_judged_up_to_its_next_example() -> None:
+    benchmark = find_benchmark("gsm8k")
+    assert benchmark.cut("It is 7.\nQuestion: 1?\nAnswer: 8", "text") == "It is 7."
+    assert benchmark.cut("It is 7.\nQuestion: 1?", "chat").endswith("1?")
+    assert find_benchmark("mbpp").cut('```python\nx\n```\n"""\nWrite', "text") == "```python\nx\n```"
+    assert find_benchmark("humaneval").cut('    """x"""\n', "text") == '    """x"""\n'
+
+
 def test_presets_are_valid_for_every_row() -> None:
     for family in FAMILIES:
         planned = plan("table", [], family=family, checkpoint="x")

@@ -34,6 +34,7 @@ def sandbox() -> Sandbox:
         ("from collections import Counter, OrderedDict, namedtuple\nP = namedtuple('P', 'a b')\n"
          "def f(x): return Counter(x), OrderedDict(a=1), P(1, 2)", "assert f('aa') == ({'a': 2}, {'a': 1}, (1, 2))"),
         ("import dataclasses\n@dataclasses.dataclass\nclass A:\n  x: 'int' = 1", "assert A().x == 1"),
+        ("a = object()\ndef f(): return a\ndef g(): return []", "assert f() == f() and f() and not g() and f() != g()"),
         ("LIMIT = 3\ndef f(): return LIMIT", "assert LIMIT == 3 and f() == 3"),
         ("import tempfile\ndef f():\n  with tempfile.TemporaryFile() as t: t.write(b'x')\n  return 1", "assert f() == 1"),
         ("import threading\ndef f():\n  r = []\n  t = threading.Thread(target=r.append, args=(1,)); t.start(); t.join()\n  return r",

@@ -57,6 +57,7 @@ class Benchmark(ABC):
     """One row of `table.BENCHMARKS`.
 
     metrics      names of scores; the first is the headline
+    stops        text style: where a completion ends, since a model without a template goes on with another example
     version      raised whenever prompts or scoring change: part of every task hash
     shot_origin  where few-shot examples come from, if they are no part of the benchmark's own file
     """
@@ -68,6 +69,7 @@ class Benchmark(ABC):
     methods: tuple[Method, ...] = ("generate",)
     version: int = 1
     instruction: str = ""
+    stops: tuple[str, ...] = ("\nQuestion:",)
     shot_origin: Origin | None = None
 
     @abstractmethod
@@ -120,6 +122,11 @@ class Benchmark(ABC):
     def turn(self, document: Document) -> str:
         """The user's message."""
         return f"{document.question}\n\n{self.instruction}".strip()
+
+    def cut(self, text: str, style: Style) -> str:
+        """The part of a completion that is judged."""
+        places = [place for stop in self.stops if style == "text" and (place := text.find(stop)) >= 0]
+        return text[: min(places, default=len(text))]
 
     def plain(self, document: Document) -> str:
         """The same for a model without a chat template: text that the answer continues."""

@@ -14,6 +14,7 @@ class IFEval(Benchmark):
     judged is reported as a problem; its other instructions are judged.
     """
 
+    stops = ()
     metrics = ("prompt_strict", "prompt_loose", "instruction_strict", "instruction_loose")
 
     def __init__(self, name: str, summary: str, origin: Origin) -> None:

@@ -21,6 +21,7 @@ class ProgramBenchmark(Benchmark):
     """One extractor: a fenced block, or else the text itself. Timeouts and floods of output are counted apart."""
 
     metrics = ("passed", "timeout", "output")
+    stops = ('\n"""', "\n[DONE]")
 
     def __init__(self, name: str, summary: str, origin: Origin, *, shot_origin: Origin | None = None) -> None:
         self.name, self.summary, self.origin, self.shot_origin = name, summary, origin, shot_origin
@@ -43,6 +44,7 @@ class ProgramBenchmark(Benchmark):
 class HumanEval(ProgramBenchmark):
     """HumanEval (Chen et al. 2021)."""
 
+    stops = ()  # where a function ends, its own stops say
     instruction = "Write the whole function, with the imports that it needs, in one ```python block."
 
     def data_path(self) -> Path | None:

@@ -19,10 +19,13 @@ def serve(source: str, channel: Channel) -> None:
     module = type(sys)("program")
     sys.modules["program"] = module
     handles: list[Any] = []
+    numbers: dict[int, int] = {}  # by identity, which `handles` keeps from being used again
 
     def remember(value: Any) -> dict[str, Any]:
-        handles.append(value)
-        return {"r": len(handles) - 1, "type": type(value).__name__}
+        number = numbers.setdefault(id(value), len(handles))
+        if number == len(handles):
+            handles.append(value)
+        return {"r": number, "type": type(value).__name__}
 
     def recall(data: dict[str, Any]) -> Any:
         return handles[data["r"]]
@@ -59,5 +62,6 @@ _OPERATIONS: dict[str, Any] = {
     "item": lambda target, key: target[key],
     "list": lambda target: [item for item, _ in zip(target, range(100_000), strict=False)],
     "length": len,
+    "truth": bool,
     "text": str,
 }

@@ -19,7 +19,8 @@ class ProgramEnded(BaseException):
 class Remote:
     """A value that is not plain data, such as a function: it lives in the program's process.
 
-    Equal to nothing but itself, whatever the program's `__eq__` says.
+    Equal to nothing but itself, whatever the program's `__eq__` says. Its truth, length and items are what the program
+    says: a plain value could say the same.
     """
 
     def __init__(self, channel: Channel, on: int) -> None:
@@ -48,8 +49,15 @@ class Remote:
         return str(_ask_remote(self, "text"))
 
     def __bool__(self) -> bool:
-        """An object is no proof of anything: `assert f(x)` needs plain data."""
-        return False
+        return _ask_remote(self, "truth") is True
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Remote):
+            return False
+        return bool(object.__getattribute__(self, _ON) == object.__getattribute__(other, _ON))
+
+    def __hash__(self) -> int:
+        return hash(object.__getattribute__(self, _ON))
 
 
 def run_tests(setup: str, tests: str, own_names: list[str], channel: Channel) -> tuple[str, str]:
