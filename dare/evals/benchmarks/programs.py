@@ -21,7 +21,7 @@ class ProgramBenchmark(Benchmark):
     """One extractor: a fenced block, or else the text itself. Timeouts and floods of output are counted apart."""
 
     metrics = ("passed", "timeout", "output")
-    stops = ('\n"""', "\n[DONE]")
+    stops: tuple[str, ...] = ('\n"""', "\n[DONE]")
 
     def __init__(self, name: str, summary: str, origin: Origin, *, shot_origin: Origin | None = None) -> None:
         self.name, self.summary, self.origin, self.shot_origin = name, summary, origin, shot_origin

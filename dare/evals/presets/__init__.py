@@ -115,7 +115,9 @@ def _planned(
         settings = Settings.model_validate(data)
     except ValidationError as error:
         raise explain(error, Settings, where=f"evaluation of {task}", what="the settings are") from None
-    return Planned(task, settings, facts if preset is None else {"preset": preset, **facts})
+    if preset is not None:
+        facts = {"preset": preset, **facts, **({"overridden": sorted(overrides)} if overrides else {})}
+    return Planned(task, settings, facts)
 
 
 def _read(path: Path, preset: str) -> dict[str, Any]:
