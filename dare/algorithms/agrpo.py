@@ -44,8 +44,6 @@ class AGRPO(TraceAlgorithm[AGRPOOptions]):
     def loss(
         self, logp_RS: Tensor, old_RS: Tensor, reference_RS: Tensor | None, views: Views, samples: Samples
     ) -> Loss:
-        old_RS = self.old_logp(old_RS, views, samples)
-        advantage_RS = self.token_advantages(old_RS, views, samples)
-        item_RS, metrics = self.token_loss(logp_RS.double(), old_RS, reference_RS, advantage_RS, views.is_target_RS)
+        item_RS, metrics = self.trace_loss(logp_RS, old_RS, reference_RS, views, samples)
         num_tokens = corrupt.scored_scope(samples).is_target_BS.sum()
         return Loss(reduce.divide((item_RS * views.weight_RS).sum(), num_tokens), metrics)

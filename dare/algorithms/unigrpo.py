@@ -65,6 +65,7 @@ class UniGRPO(PolicyAlgorithm[UniGRPOOptions]):
     ) -> Loss:
         is_scored_RS = views.is_target_RS
         advantage_R = samples.advantage_B[views.sample_R]
-        item_RS, metrics = self.token_loss(logp_RS.double(), old_RS, reference_RS, advantage_R, is_scored_RS)
+        anchor_RS = self.anchor(old_RS, reference_RS, views, samples)
+        item_RS, metrics = self.token_loss(logp_RS.double(), old_RS, anchor_RS, advantage_R, is_scored_RS)
         view_R1 = torch.arange(views.num_views, device=is_scored_RS.device)[:, None]
         return Loss(reduce.mean_of_means(item_RS, is_scored_RS, view_R1, views.num_views), metrics)
