@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 PLANS, TOY, ZOO = "tests/numerics/test_plans.py", "tests/numerics/test_toy.py", "tests/numerics/test_zoo.py"
 FIRST, GOLDEN = "tests/numerics/test_golden_rl.py", "tests/numerics/test_golden_zoo.py"
 OBJECTIVES, STREAMS = "tests/numerics/test_objectives.py", "tests/numerics/test_streams.py"
-CONTRACTS, FAMILIES = "tests/contracts/test_algorithms.py", "tests/numerics/test_families_canvas.py"
+CONTRACTS, FAMILIES = "tests/contracts/test_algorithms.py", "tests/numerics/test_families_invariants.py"
 STEPWISE, RECORDS = "tests/numerics/test_stepwise.py", "tests/numerics/test_golden_rl_records.py"
 SHAPING, UPDATE = "tests/numerics/test_shaping.py", "tests/numerics/test_update.py"
 
@@ -126,7 +126,7 @@ MUTATIONS = [
         "families/base.py",
         "torch.where(column_S > first_B1, column_S - 1, column_S)",
         "torch.where(column_S > first_B1, column_S, column_S)",
-        ("tests/numerics/test_families.py", FAMILIES),
+        (FAMILIES,),
     ),
     Mutation(
         "KL to the wrong policy",
@@ -328,7 +328,10 @@ def is_killed(mutation: Mutation) -> bool:
         path.write_text(text.replace(mutation.right, mutation.wrong), encoding="utf-8")
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *mutation.tests]
         environment = {**os.environ, "PYTHONPATH": str(copy)}
-        return subprocess.run(command, cwd=copy, env=environment, capture_output=True, check=False).returncode == 1
+        code = subprocess.run(command, cwd=copy, env=environment, capture_output=True, check=False).returncode
+        if code not in (0, 1):  # 1: a test failed
+            raise ValueError(f"{mutation.fault}: pytest ended with {code}; do {', '.join(mutation.tests)} exist?")
+        return code == 1
 
 
 def main() -> None:

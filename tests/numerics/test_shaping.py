@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -218,6 +219,14 @@ def test_groups_that_teach_nothing_are_left_out(tiny_checkpoints: dict[str, Path
 
 def _last(run: Path) -> Path:
     return sorted((run / "checkpoints").iterdir())[-1] / "model.safetensors"
+
+
+def test_the_sections_that_the_docs_show_are_a_recipe(tiny_checkpoints: dict[str, Path]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "algorithms.md").read_text(encoding="utf-8")
+    sections = yaml.safe_load(page.split("```yaml\n")[1].split("```")[0])
+    recipe = tiny_recipe(tiny_checkpoints["llada"], **sections)
+    assert recipe.groups.is_filtering
+    check(recipe)
 
 
 def test_an_unknown_part_stops_the_run_before_it_starts(tiny_checkpoints: dict[str, Path], tmp_path: Path) -> None:
