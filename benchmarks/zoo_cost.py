@@ -41,7 +41,7 @@ VIEW_OPTIONS: dict[str, tuple[str, int] | None] = {
 FIXED = {"d1": "always 1", "wd1": "always 1", "justgrpo": "one per token", "dtreerpo": "edges of the tree"}
 
 
-def recipe_of(name: str, family: str, num_steps: int, **options: Any) -> Any:
+def recipe_of(name: str, num_steps: int, options: dict[str, Any]) -> Any:
     from dare.core.recipe import parse_recipe
 
     resolved = {"beta": 0.0, **options} if name not in ("wd1", "spg") else options
@@ -49,7 +49,7 @@ def recipe_of(name: str, family: str, num_steps: int, **options: Any) -> Any:
     return parse_recipe(
         {
             "name": "cost",
-            "model": {"create": {"family": family}},
+            "model": {"create": {"family": "llada"}},
             "algorithm": {"name": name, **resolved},
             "task": "countdown",
             "decode": {"gen_length": COMPLETION, "block_length": COMPLETION, "temperature": 1.0, **unmask},
@@ -59,7 +59,7 @@ def recipe_of(name: str, family: str, num_steps: int, **options: Any) -> Any:
     )
 
 
-def prepare(name: str, num_steps: int, **options: Any) -> tuple[Any, Any, Any]:
+def prepare(name: str, num_steps: int, options: dict[str, Any]) -> tuple[Any, Any, Any]:
     """An engine with a small random model, the algorithm, and a rollout of four completions with random rewards."""
     import torch
 
@@ -73,10 +73,20 @@ def prepare(name: str, num_steps: int, **options: Any) -> tuple[Any, Any, Any]:
     from dare.training.online import build_samples
 
     torch.set_num_threads(1)
-    sizes = {"hidden_size": 128, "num_layers": 2, "num_heads": 4, "mlp_size": 384, "max_length": 128}
-    special = {"mask_id": VOCABULARY - 1, "eos_id": VOCABULARY - 2, "pad_id": VOCABULARY - 3}
-    family = create_family("llada", vocab_size=VOCABULARY, seed=0, **sizes, **special)
-    recipe = recipe_of(name, "llada", num_steps, **options)
+    family = create_family(
+        "llada",
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        num_layers=2,
+        num_heads=4,
+        mlp_size=384,
+        max_length=128,
+        mask_id=VOCABULARY - 1,
+        eos_id=VOCABULARY - 2,
+        pad_id=VOCABULARY - 3,
+        seed=0,
+    )
+    recipe = recipe_of(name, num_steps, options)
     algorithm = recipe.algorithm.build()
     engine = LocalEngine(recipe, family, num_updates=9, needs_reference=False, critic_lr=algorithm.critic_lr)
     trace = engine.generate(
@@ -104,7 +114,7 @@ def count(name: str) -> dict[str, float]:
     from dare.core.rng import Key
     from dare.training.update import plan_iterations, update
 
-    engine, algorithm, samples = prepare(name, 8)
+    engine, algorithm, samples = prepare(name, 8, {})
     rows = {"score": 0, "train": 0}
 
     def note(module: Any, inputs: Any, output: Any) -> None:
@@ -138,7 +148,7 @@ def measure(name: str, num_views: int) -> float:
     option = VIEW_OPTIONS[name]
     num_steps = num_views if option is None else 16
     options = {} if option is None else {option[0]: max(num_views // option[1], 1)}
-    engine, algorithm, samples = prepare(name, num_steps, **options)
+    engine, algorithm, samples = prepare(name, num_steps, options)
     for network in [engine.family.network, *([engine.critic] if engine.critic is not None else [])]:
         for parameter in network.parameters():  # gradients and moments exist before the measurement
             parameter.grad = torch.zeros_like(parameter)

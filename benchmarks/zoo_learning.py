@@ -24,6 +24,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+FAMILIES = ["llada", "sdar"]
 SFT_STEP = 200
 STEPS = 30
 WINDOW = 5  # steps per point of a curve
@@ -34,9 +35,9 @@ def recipes(family: str) -> list[str]:
     found = {}
     for path in (ROOT / "recipes" / "tiny").glob(f"{family}_*.yaml"):
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if "path" in recipe["model"] and path.stem.count("_") <= 2:
+        if "path" in recipe["model"]:
             found[path.stem] = recipe["algorithm"]["name"]
-    return [stem for stem in sorted(found, key=lambda stem: found[stem]) if "_moe_" not in stem]
+    return sorted(found, key=lambda stem: found[stem])
 
 
 def train(stem: str, out: Path, *overrides: str) -> None:
@@ -89,8 +90,8 @@ def decoding(recipe: dict[str, Any]) -> str:
 
 def z_score(rows: list[dict[str, Any]]) -> float:
     """Two-proportion z of the pooled seeds' gain."""
-    num = sum(row["num"] for row in rows)
-    before, after = (sum(row[key] for row in rows) / num for key in ("before", "after"))
+    num = sum(int(row["num"]) for row in rows)
+    before, after = (sum(int(row[key]) for row in rows) / num for key in ("before", "after"))
     pooled = (before + after) / 2
     return (after - before) / math.sqrt(max(2 * pooled * (1 - pooled) / num, 1e-12))
 
@@ -146,16 +147,21 @@ def picture(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def write(out: Path, families: list[str], seeds: list[int]) -> None:
+def finished(out: Path) -> list[tuple[str, int, Path]]:
+    """Recipe, seed and folder of every finished run, by family and algorithm."""
+    found = []
+    for stem in (stem for family in FAMILIES for stem in recipes(family)):
+        for run in sorted(out.glob(f"{stem}-[0-9]*")):
+            status = run / "run.json"
+            if status.is_file() and json.loads(status.read_text())["status"] == "finished":
+                found.append((stem, int(run.name.rpartition("-")[2]), run))
+    return found
+
+
+def write(out: Path) -> None:
     """The three result files, from every finished run."""
-    rows = []
-    for family in families:
-        for stem in recipes(family):
-            for seed in seeds:
-                run = out / f"{stem}-{seed}"
-                status = run / "run.json"
-                if status.is_file() and json.loads(status.read_text())["status"] == "finished":
-                    rows.append(summary(stem, seed, run))
+    rows = [summary(stem, seed, run) for stem, seed, run in finished(out)]
+    seeds = sorted({row["seed"] for row in rows})
     page = RESULTS / "zoo_learning.md"
     _, mark, notes = page.read_text(encoding="utf-8").partition("## Notes") if page.is_file() else ("", "", "")
     num = rows[0]["num"] if rows else 0
@@ -181,7 +187,7 @@ def write(out: Path, families: list[str], seeds: list[int]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--families", nargs="+", default=["llada", "sdar"])
+    parser.add_argument("--families", nargs="+", default=FAMILIES)
     parser.add_argument("--only", default="", help="recipes whose name contains this text")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
@@ -189,7 +195,7 @@ def main() -> None:
     parser.add_argument("--write-only", action="store_true", help="write the page from what is there")
     arguments = parser.parse_args()
     if arguments.write_only:
-        write(arguments.out, arguments.families, arguments.seeds)
+        write(arguments.out)
         return
     for family in arguments.families:
         sft = arguments.out / f"{family}_sft"
@@ -211,7 +217,7 @@ def main() -> None:
                     jobs[pool.submit(train, stem, run, f"seed={seed}", *common)] = run.name
         for job in as_completed(jobs):
             job.result()
-            write(arguments.out, arguments.families, arguments.seeds)
+            write(arguments.out)
             print(f"finished: {jobs[job]}", flush=True)
 
 

@@ -23,6 +23,7 @@ from dare.evals.runner import Scored
 from dare.executors.local import LocalEngine
 from dare.families.base import Family
 from dare.rewards.mix import RewardMix
+from dare.training.groups import select_groups
 from dare.training.online import build_samples
 from dare.training.update import plan_iterations, update
 from tests.conftest import tiny_family
@@ -69,14 +70,14 @@ def judged(drafts: Drafts, trace: TraceBatch) -> Drafts:
     return replace(drafts, reward_D=torch.tensor([reward_of(tokens) for tokens in draft_tokens(drafts, trace)]))
 
 
-def rollout(engine: LocalEngine, recipe: Recipe) -> Samples:
+def rollout(engine: LocalEngine, recipe: Recipe, groups: tuple[int, ...] = (0, 1)) -> Samples:
     algorithm = recipe.algorithm.build()
-    prompts = [prompt for prompt in PROMPTS for _ in range(GROUP)]
+    prompts = [PROMPTS[group] for group in groups for _ in range(GROUP)]
     trace = engine.generate(
         prompts,
         recipe.decode,
         Key(3),
-        list(range(len(prompts))),
+        [GROUP * group + row for group in groups for row in range(GROUP)],
         has_drafts="drafts" in algorithm.needs,
         branching=algorithm.branching(GROUP),
     )
@@ -117,6 +118,28 @@ def test_a_pair_rolls_out_and_updates(every_family: dict[str, Family], name: str
         assert rows[0]["clip_fraction"] == 0.0
     after = family.network.state_dict()
     assert any(not torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("family_name", ["llada", "sdar"])
+@pytest.mark.parametrize("name", ONLINE)
+def test_a_group_that_is_kept_trains_as_if_alone(every_family: dict[str, Family], name: str, family_name: str) -> None:
+    """Filtered out of a rollout of two groups, with its drafts and tree, or rolled out by itself: the same step."""
+    recipe = recipe_of(name, family_name, **FEW_VIEWS.get(name, {}))
+    algorithm = recipe.algorithm.build()
+    results = []
+    for groups in ((0, 1), (1,)):
+        family = copy.deepcopy(every_family[family_name])
+        engine = LocalEngine(
+            recipe, family, num_updates=1, needs_reference=algorithm.needs_reference, critic_lr=algorithm.critic_lr
+        )
+        samples = rollout(engine, recipe, groups)
+        if len(groups) == 2:
+            samples = select_groups(samples, [1])
+        (plan,) = plan_iterations(engine, algorithm, samples, Key(4), 1)
+        results.append(update(engine, algorithm, samples, plan))
+    kept, alone = results
+    assert kept["loss"] == pytest.approx(alone["loss"], rel=1e-4, abs=1e-6)
+    assert kept["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-4)
 
 
 @pytest.mark.parametrize("family_name", ["llada", "sdar"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -294,7 +295,8 @@ def test_step_and_sequence_ratios_are_geometric_means() -> None:
 @pytest.mark.parametrize(("preset", "low", "high"), [("clip_higher", 0.2, 0.28), ("gspo", 3e-4, 4e-4)])
 def test_clip_presets_are_their_intervals(preset: Any, low: float, high: float) -> None:
     samples = two_samples()
-    for kind, options in ((D1, D1Options), (ESPO, ESPOOptions), (CJGRPO, CJGRPOOptions)):
+    plugins: list[tuple[Any, Any]] = [(D1, D1Options), (ESPO, ESPOOptions), (CJGRPO, CJGRPOOptions)]
+    for kind, options in plugins:
         named = kind(options(beta=0.0, eps=0.9, eps_high=0.9, clip=preset))
         explicit = kind(options(beta=0.0, eps=low, eps_high=high))
         views = named.corrupt(samples, Key(0))
@@ -312,7 +314,11 @@ def test_the_kl_goes_to_the_named_policy(estimator: Any) -> None:
     """Zero advantages leave the KL alone: its gradient is that of the estimator at the difference to the anchor."""
     samples = two_samples()
     samples.advantage_B.zero_()
-    slope = {"k1": torch.ones_like, "k2": lambda d: d, "k3": lambda d: 1 - torch.exp(-d)}[estimator]
+    slopes: dict[str, Callable[[Tensor], Tensor]] = {
+        "k1": torch.ones_like,
+        "k2": lambda d: d,
+        "k3": lambda d: 1 - torch.exp(-d),
+    }
     recorded_BS = torch.full(samples.canvas.input_BS.shape, -1.5)
     samples.rollout_logp_BS = recorded_BS
     for kl_to in ("reference", "old", "rollout"):
@@ -327,7 +333,7 @@ def test_the_kl_goes_to_the_named_policy(estimator: Any) -> None:
         (grad_RS,) = torch.autograd.grad(loss.value, leaf)
         recorded_RS = recorded_BS[views.sample_R].double()
         anchor_RS = {"reference": reference_RS, "old": old_RS, "rollout": recorded_RS}[kl_to]
-        expected_RS = 0.5 * slope(new_RS - anchor_RS) * views.is_target_RS / views.is_target_RS.sum()
+        expected_RS = 0.5 * slopes[estimator](new_RS - anchor_RS) * views.is_target_RS / views.is_target_RS.sum()
         torch.testing.assert_close(grad_RS, expected_RS)
 
 
