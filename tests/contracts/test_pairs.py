@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from dare.algorithms.policy import PolicyAlgorithm
 from dare.core.checks import check, check_attention
 from dare.core.errors import DareError
 from dare.core.recipe import Recipe, parse_recipe
@@ -169,3 +170,25 @@ def test_completions_above_the_mean_become_likelier(
         (plan,) = plan_iterations(engine, algorithm, samples, Key(index), 1)
         update(engine, algorithm, samples, plan)
     assert contrast() > before
+
+
+RATIO = [name for name in ONLINE if issubclass(resolve("algorithms", name), PolicyAlgorithm)]
+
+
+@pytest.mark.parametrize("name", RATIO)
+def test_a_kl_to_the_old_policy_starts_at_nothing(every_family: dict[str, Family], name: str) -> None:
+    """It needs no reference, and neither its value nor its gradient shows before the policy has moved."""
+    results = []
+    for options in ({"beta": 0.5, "kl": "k3", "kl_to": "old"}, {"beta": 0.0}):
+        recipe = recipe_of(name, "sdar", **FEW_VIEWS.get(name, {}), **options)
+        algorithm = recipe.algorithm.build()
+        assert not algorithm.needs_reference
+        family = copy.deepcopy(every_family["sdar"])
+        engine = LocalEngine(recipe, family, num_updates=2, needs_reference=False, critic_lr=algorithm.critic_lr)
+        samples = rollout(engine, recipe)
+        plans = plan_iterations(engine, algorithm, samples, Key(4), 2)
+        results.append([update(engine, algorithm, samples, plan) for plan in plans])
+    (first, second), (plain, _) = results
+    assert first["kl"] == pytest.approx(0.0, abs=1e-9)
+    assert first["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-5)
+    assert second["kl"] > 0
