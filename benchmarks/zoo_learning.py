@@ -4,13 +4,15 @@
     python benchmarks/zoo_learning.py --only bgpo --families llada     # some rows; --write-only: just the page
 
 Trains recipes/tiny/FAMILY_sft.yaml and cuts it at step 200, where there is room for more, then runs every recipe with
-every seed, one thread each. Resumes what is unfinished; after each run it writes benchmarks/results/zoo_learning
-(.jsonl, .md, .svg) from what the run folders hold. Notes on the page are kept: everything from the line `## Notes` on.
+every seed, one thread each. Resumes what is unfinished, and several of these may work on one folder. After each run it
+writes benchmarks/results/zoo_learning (.jsonl, .md, .svg) from what the run folders hold. Notes on the page are kept:
+everything from the line `## Notes` on.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import math
 import os
@@ -41,10 +43,19 @@ def recipes(family: str) -> list[str]:
 
 
 def train(stem: str, out: Path, *overrides: str) -> None:
-    """Run a recipe to its end unless that has been done, at low priority on one thread."""
-    status = out / "run.json"
-    if status.is_file() and json.loads(status.read_text())["status"] == "finished":
-        return
+    """Run a recipe to its end, at low priority on one thread, unless that has been done or is being done by another."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.with_suffix(".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        status = out / "run.json"
+        if not (status.is_file() and json.loads(status.read_text())["status"] == "finished"):
+            run(stem, out, overrides)
+
+
+def run(stem: str, out: Path, overrides: tuple[str, ...]) -> None:
     command = ["nice", sys.executable, "-m", "dare.cli", "train", str(ROOT / "recipes" / "tiny" / f"{stem}.yaml")]
     command += [*overrides, "--out", str(out), *(["--resume"] if (out / "recipe.yaml").exists() else [])]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
