@@ -10,6 +10,7 @@ from typing import Any
 from dare.core.errors import DareError
 from dare.core.recipe import Recipe
 from dare.core.registry import FAMILIES, check_name
+from dare.core.reward_recipe import GroupRecipe, RewardRecipe
 
 
 def check(recipe: Recipe) -> list[str]:
@@ -58,6 +59,13 @@ def _check_online(recipe: Recipe, algorithm: Any) -> list[str]:
             where="train.completions_per_prompt",
             got=recipe.train.completions_per_prompt,
             fix="use 8 or more",
+        )
+    if algorithm.compares_rewards and recipe.reward.combine == "decoupled":
+        raise DareError(
+            f"{name} forms its advantages from whole rewards, so their parts cannot be compared one by one",
+            where="reward.combine",
+            got="decoupled",
+            fix="set reward.combine: sum, or choose another algorithm",
         )
     warnings = []
     _check_records(recipe, algorithm)
@@ -121,6 +129,12 @@ def _check_offline(recipe: Recipe) -> list[str]:
         raise DareError(
             "there is nothing to train on", where="data.path", got="none", fix="give data.path, or a task with answers"
         )
+    for section, is_set in (
+        ("reward", recipe.reward != RewardRecipe()),
+        ("groups", recipe.groups != GroupRecipe()),
+    ):
+        if is_set:
+            raise DareError("offline training has no rewards", where=section, fix=f"remove the {section} section")
     if recipe.train.updates_per_rollout != 1:
         raise DareError(
             "offline training has no rollouts",

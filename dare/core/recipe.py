@@ -22,6 +22,7 @@ from dare.core.errors import DareError
 from dare.core.options import Options
 from dare.core.recipe_errors import explain
 from dare.core.registry import resolve
+from dare.core.reward_recipe import GroupRecipe, RewardRecipe
 
 
 class Plugin(BaseModel):
@@ -156,6 +157,8 @@ class Recipe(Options):
     algorithm: AlgorithmChoice
     task: TaskChoice | None = None
     data: DataRecipe | None = Field(None, description="offline rows; default: the task's problems and answers")
+    reward: RewardRecipe = Field(RewardRecipe(), description="online: what completions are trained towards")
+    groups: GroupRecipe = Field(GroupRecipe(), description="online: which groups of completions are trained on")
     decode: Decode = Decode()
     train: TrainRecipe = TrainRecipe()
     optimizer: OptimizerRecipe = OptimizerRecipe()
