@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from dare.core.data_recipe import DataRecipe
 from dare.core.decode import Decode
 from dare.core.errors import DareError
+from dare.core.lora_recipe import LoraRecipe
 from dare.core.options import Options
 from dare.core.recipe_errors import explain
 from dare.core.registry import resolve
@@ -146,6 +147,9 @@ class Recipe(Options):
     seed: int = Field(0, ge=0)
     executor: str = "local"
     model: ModelRecipe
+    lora: LoraRecipe | None = Field(
+        None, description="train an adapter of the model in model.path; default: all weights"
+    )
     algorithm: AlgorithmChoice
     task: TaskChoice | None = None
     data: DataRecipe | None = Field(None, description="offline rows; default: the task's problems and answers")

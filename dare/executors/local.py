@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,9 @@ from dare.training.optim import Optimizer
 
 
 class LocalEngine:
-    """One family, its optimizer and, if asked for, a frozen copy as the reference policy and a critic of its own.
+    """One family, its optimizer and, if asked for, a reference policy and a critic of its own.
 
+    The reference is a frozen copy; of a family with an adapter it is the family itself with the adapter off.
     The rollout side reads the trained weights themselves, so `publish` only counts versions.
     """
 
@@ -47,7 +49,8 @@ class LocalEngine:
         self.family = family
         self.micro_batch_views = recipe.train.micro_batch_views
         self.optimizer = Optimizer(family.network.named_parameters(), recipe.optimizer, num_updates)
-        self.reference = copy.deepcopy(family) if needs_reference else None
+        self.needs_reference = needs_reference
+        self.reference = copy.deepcopy(family) if needs_reference and family.adapter is None else None
         self.critic = Critic(family) if critic_lr is not None else None
         if self.critic is not None:
             critic_recipe = recipe.optimizer.model_copy(update={"lr": critic_lr})
@@ -62,7 +65,7 @@ class LocalEngine:
         cls, recipe: Recipe, tokenizer: Any, *, needs_reference: bool, critic_lr: float | None = None
     ) -> LocalEngine:
         """The engine of a recipe: its checkpoint loaded, or its new model with keyed initial weights."""
-        family = build_family(recipe.model, tokenizer, Key(recipe.seed))
+        family = build_family(recipe.model, tokenizer, Key(recipe.seed), recipe.lora)
         num_updates = recipe.train.steps * recipe.train.updates_per_rollout
         return cls(recipe, family, num_updates=num_updates, needs_reference=needs_reference, critic_lr=critic_lr)
 
@@ -108,15 +111,9 @@ class LocalEngine:
         )
 
     def score(self, views: Views, samples: Samples, *, is_reference: bool = False, role: Role = "policy") -> Tensor:
-        if is_reference and self.reference is None:
-            raise ValueError("this engine was built without a reference policy")
-        family = self.reference if is_reference and self.reference is not None else self.family
-        score = family.view_logp if role == "policy" else self._critic().view_value
-        score_RS = torch.zeros(views.noisy_RS.shape)
-        with torch.no_grad():
-            for part in self._micro_batches(torch.arange(views.num_views)):
-                score_RS[part] = score(*_rows(views, samples, part)).cpu()
-        return score_RS
+        if is_reference:
+            return self._reference_logp(views, samples)
+        return self._scored(self.family.view_logp if role == "policy" else self._critic().view_value, views, samples)
 
     def accumulate(
         self,
@@ -178,6 +175,24 @@ class LocalEngine:
             what = f"the {name.replace('_', ' ')} state cannot be read"
             raise DareError(what, where=str(path), got=str(error)) from None
         return tensors
+
+    def _reference_logp(self, views: Views, samples: Samples) -> Tensor:
+        if not self.needs_reference:
+            raise ValueError("this engine was built without a reference policy")
+        if self.reference is not None:
+            return self._scored(self.reference.view_logp, views, samples)
+        adapter = self.family.adapter
+        if adapter is None:
+            raise ValueError("the adapter that the reference is read without has been merged")
+        with adapter.off():
+            return self._scored(self.family.view_logp, views, samples)
+
+    def _scored(self, score: Callable[[Views, Canvas], Tensor], views: Views, samples: Samples) -> Tensor:
+        score_RS = torch.zeros(views.noisy_RS.shape)
+        with torch.no_grad():
+            for part in self._micro_batches(torch.arange(views.num_views)):
+                score_RS[part] = score(*_rows(views, samples, part)).cpu()
+        return score_RS
 
     def _critic(self) -> Critic:
         if self.critic is None:
