@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dare.api import convert as convert
     from dare.api import evaluate as evaluate
     from dare.api import train as train
+    from dare.exports import export as export
     from dare.model import Model as Model
     from dare.model import load as load
 
@@ -21,9 +22,10 @@ _HOMES = {
     "Model": "dare.model",
     "convert": "dare.api",
     "evaluate": "dare.api",
+    "export": "dare.exports",
     "train": "dare.api",
 }
-__all__ = ["Model", "convert", "evaluate", "load", "train"]
+__all__ = ["Model", "convert", "evaluate", "export", "load", "train"]
 
 
 def __getattr__(name: str) -> Any:

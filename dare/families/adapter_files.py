@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -58,6 +59,10 @@ class StoredAdapter:
     tensors: dict[str, tuple[Tensor, Tensor]]
     base_path: str | None
     base_digest: str | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(iter(self.tensors.values()))[0].dtype
 
     def base(self) -> Base | None:
         """What to write down when the adapter is saved again."""

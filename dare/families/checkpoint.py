@@ -25,7 +25,8 @@ def load_checkpoint(
 ) -> Family:
     """The family in a folder; that of an adapter folder is its base with the adapter on, not merged.
 
-    base  for an adapter: folder or hub id to use instead of the base that it names
+    dtype  None: the stored one, which for an adapter that was trained here is that of its training
+    base   for an adapter: folder or hub id to use instead of the base that it names
     Raises DareError as `load_family` does, for a base that is not found or whose weights are not those that the
     adapter was trained on, and for an adapter that does not fit.
     """
@@ -33,9 +34,11 @@ def load_checkpoint(
         _require_no_base(folder, base)
         return load_family(folder, dtype, device)
     stored = read_adapter(folder)
-    base_folder = _find_base(stored, base)
-    _verify(stored, base_folder)
-    family = load_family(base_folder, dtype, device)
+    found = _find_base(stored, base)
+    _verify(stored, found)
+    if dtype is None and stored.base_digest is not None:
+        dtype = stored.dtype
+    family = load_family(found, dtype, device)
     try:
         restore_adapter(family, stored.recipe, stored.tensors, _rebased(stored, base))
     except DareError as error:
