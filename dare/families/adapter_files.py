@@ -66,7 +66,7 @@ class StoredAdapter:
 
     def base(self) -> Base | None:
         """What to write down when the adapter is saved again."""
-        return Base(self.base_path, self.base_digest) if self.base_path and self.base_digest else None
+        return Base(self.base_path, self.base_digest) if self.base_path else None
 
 
 def is_adapter(folder: Path) -> bool:
@@ -97,7 +97,9 @@ def write_adapter(adapter: Adapter, directory: Path) -> None:
     }
     if excluded := adapter.exclude_modules():
         config["exclude_modules"] = excluded
-    metadata = {"format": "pt"} | ({} if base is None else {_DIGEST: base.digest})
+    metadata = {"format": "pt"}
+    if base is not None and base.digest is not None:
+        metadata[_DIGEST] = base.digest
     path = directory / WEIGHTS_NAME
     try:
         save_file(tensors, path, metadata=metadata)
@@ -140,6 +142,24 @@ def read_adapter(folder: Path) -> StoredAdapter:
         base_path=config.get("base_model_name_or_path"),
         base_digest=digest,
     )
+
+
+def load_adapter(adapter: Adapter, folder: Path) -> None:
+    """Overwrite an adapter's matrices by those in a folder. Raises DareError if they are of another model."""
+    stored = read_adapter(folder)
+    known = None if adapter.base is None else adapter.base.digest
+    if None not in (known, stored.base_digest) and known != stored.base_digest:
+        raise DareError(
+            "the adapter was trained on other weights than those under it now",
+            where=str(folder),
+            got=f"base weights {str(known)[:12]}",
+            expected=f"base weights {str(stored.base_digest)[:12]}",
+            fix="restore the base model's files, or start a new run",
+        )
+    try:
+        adapter.load(stored.tensors)
+    except DareError as error:
+        raise error.inside(str(folder)) from None
 
 
 def _read_config(path: Path) -> dict[str, Any]:

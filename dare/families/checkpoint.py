@@ -110,7 +110,7 @@ def _verify(stored: StoredAdapter, folder: Path) -> None:
 
 def _rebased(stored: StoredAdapter, base: str | Path | None) -> Base | None:
     """The base as it was found, so that the adapter names it when it is saved again."""
-    known = stored.base()
-    if known is None or base is None:
-        return known
-    return Base(str(Path(base).expanduser().resolve()) if Path(base).expanduser().is_dir() else str(base), known.digest)
+    if base is None:
+        return stored.base()
+    path = Path(base).expanduser()
+    return Base(str(path.resolve()) if path.is_dir() else str(base), stored.base_digest)

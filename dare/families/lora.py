@@ -28,10 +28,10 @@ _NAME = "default"  # peft keeps several adapters apart by name; here is one
 
 @dataclass(frozen=True)
 class Base:
-    """The checkpoint that an adapter belongs to: folder or hub id, and the digest of its weights."""
+    """The checkpoint that an adapter belongs to: folder or hub id, and the digest of its weights if it is known."""
 
     path: str
-    digest: str
+    digest: str | None
 
 
 class Pair(NamedTuple):

@@ -19,7 +19,7 @@ from dare.core.files import read_json, write_json
 from dare.core.registry import FAMILIES, resolve
 from dare.core.rng import Key
 from dare.core.spec import FamilySpec
-from dare.families.adapter_files import read_adapter, write_adapter
+from dare.families.adapter_files import load_adapter, write_adapter
 from dare.families.base import Family, FamilyType, Network
 from dare.families.config import Config, ModelSizes
 from dare.families.hub import resolve_checkpoint as resolve_checkpoint
@@ -61,7 +61,7 @@ def load_weights(family: Family, folder: Path) -> None:
     Raises DareError like `load_family`.
     """
     if family.adapter is not None:
-        family.adapter.load(read_adapter(folder).tensors)
+        load_adapter(family.adapter, folder)
         return
     shards = Shards(folder)
     _check_names(family.network, shards)
