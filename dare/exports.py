@@ -92,17 +92,18 @@ def export(
     """
     folder, target = _source_and_target(source, to)
     base = None if base is None else resolve_model_path(str(base))
-    family = load_checkpoint(folder, None, device, base=base)
     whole = base_folder(folder, base)
     shards = Shards(whole)
-    stored = dtype or _parameter_dtype(shards, family)
+    stored, compute = dtype or _weight_dtype(shards), _weight_dtype(shards)
+    if adapter_files.is_adapter(folder):  # in the finer dtype, so that nothing is rounded but the sums
+        compute = torch.promote_types(compute, adapter_files.read_adapter(folder).dtype)
+    family = load_checkpoint(folder, compute, device, base=base)
     ids_BS = _probe(family)
     source_logits, base_logits, num_changed = _merge(family, ids_BS, folder)
     with whole_directory(target) as temporary:
         save_family(family, temporary, stored)
         _save_tokenizer(load_tokenizer(folder) or load_tokenizer(whole), temporary)
         _require_same_tensors(Shards(temporary), shards)
-        compute, device = family.dtype, family.device
         del family  # one model in memory at a time
         written_logits = _logits(load_family(temporary, compute, device), ids_BS)
         error = _distance(written_logits, source_logits)
@@ -167,9 +168,9 @@ def _distance(logits: Tensor, source: Tensor) -> float:
     return float((logits - source).square().mean().sqrt() / source.square().mean().sqrt())
 
 
-def _parameter_dtype(shards: Shards, family: Family) -> torch.dtype:
-    buffers = dict(family.network.named_buffers())
-    return next(dtype for name, dtype in sorted(shards.dtypes.items()) if name not in buffers)
+def _weight_dtype(shards: Shards) -> torch.dtype:
+    """That of the matrices; buffers may have another."""
+    return next(shards.dtypes[name] for name, shape in sorted(shards.shapes.items()) if len(shape) == 2)
 
 
 def _require_same_tensors(written: Shards, expected: Shards) -> None:
