@@ -97,7 +97,7 @@ def export(
     stored, compute = dtype or _weight_dtype(shards), _weight_dtype(shards)
     if adapter_files.is_adapter(folder):  # in the finer dtype, so that nothing is rounded but the sums
         compute = torch.promote_types(compute, adapter_files.read_adapter(folder).dtype)
-    family = load_checkpoint(folder, compute, device, base=base)
+    family = load_checkpoint(folder, compute, device, base=base, is_quantized=False)
     ids_BS = _probe(family)
     source_logits, base_logits, num_changed = _merge(family, ids_BS, folder)
     with whole_directory(target) as temporary:

@@ -26,6 +26,9 @@ class LoraRecipe(Options):
         "embedding, head and routers, experts included",
     )
     init: AdapterInit = Field("kaiming", description="of A: uniform as a linear layer's (peft's default), or normal")
+    quantize_base: Literal["8bit", "4bit"] | None = Field(
+        None, description="store the layers' frozen matrices in 8 or 4 bits (QLoRA); needs bitsandbytes"
+    )
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="must be 0; see docs/lora.md")
 
     @field_validator("target_modules", mode="before")

@@ -1,7 +1,7 @@
 """Adapter folders in the format of `peft`: adapter_config.json and adapter_model.safetensors.
 
 The config holds only what every version of peft knows. The safetensors header also names the digest of the base's
-weights, which peft ignores and `read_adapter` returns.
+weights, and how the base was quantised; peft ignores both, `read_adapter` returns them.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from dare.families.lora import Adapter, Base
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 _DIGEST = "base_weights_sha256"
+_QUANTIZED = "base_quantization"
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 # What an adapter of peft may say beyond rank, scale and targets, and the values under which it is a plain one.
 _PLAIN: dict[str, tuple[object, ...]] = {
@@ -100,6 +101,8 @@ def write_adapter(adapter: Adapter, directory: Path) -> None:
     metadata = {"format": "pt"}
     if base is not None and base.digest is not None:
         metadata[_DIGEST] = base.digest
+    if recipe.quantize_base is not None:
+        metadata[_QUANTIZED] = recipe.quantize_base
     path = directory / WEIGHTS_NAME
     try:
         save_file(tensors, path, metadata=metadata)
@@ -114,8 +117,8 @@ def read_adapter(folder: Path) -> StoredAdapter:
     Raises DareError if a file is missing or damaged, or the adapter is no plain LoRA of whole matrices.
     """
     config = _read_config(folder / CONFIG_NAME)
-    recipe = _recipe(config, str(folder / CONFIG_NAME))
-    tensors, digest = _read_tensors(folder / WEIGHTS_NAME)
+    tensors, metadata = _read_tensors(folder / WEIGHTS_NAME)
+    recipe = _recipe({**config, _QUANTIZED: metadata.get(_QUANTIZED)}, str(folder / CONFIG_NAME))
     pairs: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
@@ -140,7 +143,7 @@ def read_adapter(folder: Path) -> StoredAdapter:
         recipe=recipe,
         tensors={module: (sides["A"], sides["B"]) for module, sides in pairs.items()},
         base_path=config.get("base_model_name_or_path"),
-        base_digest=digest,
+        base_digest=metadata.get(_DIGEST),
     )
 
 
@@ -189,6 +192,7 @@ def _recipe(config: dict[str, Any], where: str) -> LoraRecipe:
                 "alpha": config.get("lora_alpha"),
                 "rslora": config.get("use_rslora") or False,
                 "target_modules": names,
+                "quantize_base": config[_QUANTIZED],
                 "init": "gaussian" if config.get("init_lora_weights") == "gaussian" else "kaiming",
             }
         )
@@ -196,7 +200,7 @@ def _recipe(config: dict[str, Any], where: str) -> LoraRecipe:
         raise explain(error, LoraRecipe, where=where, what="the adapter config is") from None
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
@@ -210,4 +214,4 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
         ) from None
     if not tensors:
         raise DareError("the adapter is empty", where=str(path))
-    return tensors, metadata.get(_DIGEST)
+    return tensors, metadata

@@ -14,6 +14,7 @@ from dare.core.spec import FamilySpec
 from dare.families.adapter_files import is_adapter
 from dare.families.base import Family
 from dare.families.checkpoint import checkpoint_spec, describe_base, load_checkpoint
+from dare.families.layers.quantized import require_bitsandbytes
 from dare.families.lora import add_adapter, merge_adapter
 from dare.families.weights import create_family, load_family, resolve_checkpoint
 
@@ -33,7 +34,7 @@ def build_family(recipe: ModelRecipe, tokenizer: Any, key: Key, lora: LoraRecipe
         return _create(recipe.create, tokenizer, key).to(dtype=dtype, device=device)
     folder = resolve_checkpoint(recipe.path)
     if lora is None:
-        family = load_checkpoint(folder, dtype, device)
+        family = load_checkpoint(folder, dtype, device, is_quantized=False)
         if family.adapter is not None:
             merge_adapter(family)
         return family
@@ -44,6 +45,8 @@ def build_family(recipe: ModelRecipe, tokenizer: Any, key: Key, lora: LoraRecipe
             got=f"{recipe.path}, an adapter",
             fix=f"merge it first, dare export {recipe.path} --to FOLDER, and train on FOLDER",
         )
+    if lora.quantize_base is not None:
+        require_bitsandbytes(device)  # before a large model is loaded in vain
     family = load_family(folder, dtype, device)
     add_adapter(family, lora, key.fold("lora"), describe_base(recipe.path, folder))
     return family

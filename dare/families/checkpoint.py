@@ -22,11 +22,13 @@ def load_checkpoint(
     device: torch.device | str = "cpu",
     *,
     base: str | Path | None = None,
+    is_quantized: bool = True,
 ) -> Family:
     """The family in a folder; that of an adapter folder is its base with the adapter on, not merged.
 
     dtype  None: the stored one, which for an adapter that was trained here is that of its training
     base   for an adapter: folder or hub id to use instead of the base that it names
+    is_quantized  quantise the base of an adapter as it was in training, if it was
     Raises DareError as `load_family` does, for a base that is not found or whose weights are not those that the
     adapter was trained on, and for an adapter that does not fit.
     """
@@ -38,9 +40,10 @@ def load_checkpoint(
     _verify(stored, found)
     if dtype is None and stored.base_digest is not None:
         dtype = stored.dtype
+    recipe = stored.recipe if is_quantized else stored.recipe.model_copy(update={"quantize_base": None})
     family = load_family(found, dtype, device)
     try:
-        restore_adapter(family, stored.recipe, stored.tensors, _rebased(stored, base))
+        restore_adapter(family, recipe, stored.tensors, _rebased(stored, base))
     except DareError as error:
         raise error.inside(str(folder)) from None
     return family

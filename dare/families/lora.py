@@ -19,6 +19,7 @@ from dare.core.lora_recipe import LoraRecipe
 from dare.core.rng import Key
 from dare.families.layers.expert_lora import AdaptedExperts
 from dare.families.layers.moe import Experts
+from dare.families.layers.quantized import Bits, QuantizedLinear, require_bitsandbytes
 
 if TYPE_CHECKING:
     from dare.families.base import Family, Network
@@ -83,6 +84,8 @@ class Adapter:
                 "all experts of a layer share one adapter, so it cannot leave some out", got=f"none for {halves[0]}"
             )
         network.requires_grad_(False)
+        if recipe.quantize_base is not None:
+            _quantize(network, places.values(), recipe.quantize_base)
         _wrap_linear(network, [place.module for place in chosen if place.stack is None], recipe)
         _wrap_experts(network, chosen, recipe)
         self.layers: list[tuple[str, Any]] = [
@@ -194,6 +197,8 @@ def merge_adapter(family: Family) -> int:
     adapter = family.adapter
     if adapter is None:
         raise ValueError("this family has no adapter")
+    if adapter.recipe.quantize_base is not None:
+        raise ValueError("an adapter is merged into the base as it is stored, not into its quantised copy")
     num_changed = 0
     with torch.no_grad():
         for _, weight_OI, a_RI, b_OR in adapter.pairs():
@@ -267,7 +272,22 @@ def _wrap_linear(network: Network, paths: list[str], recipe: LoraRecipe) -> None
         layer: Any = network.get_submodule(path)
         weight = layer.base_layer.weight
         for part in (layer.lora_A[_NAME], layer.lora_B[_NAME]):
-            part.to(weight.dtype).to_empty(device=weight.device)
+            part.to(network.head_weight.dtype).to_empty(device=weight.device)
+
+
+def _quantize(network: Network, places: Iterable[_Place], bits: Bits) -> None:
+    """Put quantised copies in the place of all linear layers but the head, adapted or not."""
+    formats = require_bitsandbytes(network.head_weight.device)
+    for place in places:
+        layer = network.get_submodule(place.module)
+        if not isinstance(layer, nn.Linear):
+            raise DareError(
+                "stacked experts, which are most of this model, cannot be quantised",
+                where="lora.quantize_base",
+                got=place.module,
+                fix="remove quantize_base",
+            )
+        _replace(network, place.module, QuantizedLinear(layer, bits, formats))
 
 
 def _wrap_experts(network: Network, chosen: set[_Place], recipe: LoraRecipe) -> None:

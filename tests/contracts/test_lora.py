@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+import dare
 from dare.core.checks import check
 from dare.core.errors import DareError
 from dare.core.lora_recipe import LoraRecipe
@@ -26,7 +27,7 @@ from dare.families.base import Family
 from dare.families.checkpoint import load_checkpoint
 from dare.families.layers.moe import Experts, Route
 from dare.families.lora import Adapter, add_adapter, merge_adapter, restore_adapter
-from dare.families.weights import load_family, save_family
+from dare.families.weights import create_family, load_family, save_family
 from dare.terminal.progress import NullReporter
 from dare.training.run import train
 from tests.conftest import tiny_family
@@ -141,6 +142,32 @@ def test_a_stored_adapter_comes_back_bit_for_bit(name: str, rslora: bool, tmp_pa
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         config = (tmp_path / "b" / file).read_bytes()
         assert (tmp_path / "a" / file).read_bytes() == config
+
+
+@pytest.mark.parametrize("name", ["llada", "sdar"])
+def test_a_tied_head_stays_frozen(name: str) -> None:
+    sizes = {"hidden_size": 32, "num_layers": 1, "num_heads": 4, "mlp_size": 48, "max_length": 96}
+    ids = {"vocab_size": 24, "mask_id": 23, "eos_id": 22, "pad_id": 21}
+    family = create_family(name, **sizes, **ids, block_length=4, tie_embeddings=True, seed=0)
+    expected = logits(family)
+    adapter = add_adapter(family, LoraRecipe(), Key(0))
+    assert len(adapter.names) == 7
+    assert adapter.exclude_modules() == []
+    assert torch.equal(logits(family), expected)
+    family.logits(IDS).square().mean().backward()
+    assert family.network.head_weight.grad is None
+
+
+@pytest.mark.parametrize("name", ["llada", "sdar_moe"])
+def test_rollouts_with_an_adapter_do_not_depend_on_their_batch(name: str) -> None:
+    family, adapter = adapted(name)
+    fill(adapter)
+    prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [10, 11]]
+    decode = {"gen_length": 8, "block_length": 4, "temperature": 1.0}
+    results = [dare.Model(family).generate(prompts, batch_size=size, **decode) for size in (1, 3, 4)]
+    assert (
+        [row.tokens for row in results[0]] == [row.tokens for row in results[1]] == [row.tokens for row in results[2]]
+    )
 
 
 class OfficialExperts(nn.ModuleList):
