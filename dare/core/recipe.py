@@ -116,6 +116,7 @@ class OptimizerRecipe(Options):
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0.0, description="on matrices only")
     max_grad_norm: float = Field(1.0, gt=0)
+    moments: Literal["float32", "8bit"] = Field("float32", description="8bit: stored blockwise; needs bitsandbytes")
 
 
 class EvaluationRecipe(Options):

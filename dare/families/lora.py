@@ -277,7 +277,7 @@ def _wrap_linear(network: Network, paths: list[str], recipe: LoraRecipe) -> None
 
 def _quantize(network: Network, places: Iterable[_Place], bits: Bits) -> None:
     """Put quantised copies in the place of all linear layers but the head, adapted or not."""
-    formats = require_bitsandbytes(network.head_weight.device)
+    formats = require_bitsandbytes(network.head_weight.device).functional
     for place in places:
         layer = network.get_submodule(place.module)
         if not isinstance(layer, nn.Linear):

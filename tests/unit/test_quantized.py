@@ -15,13 +15,14 @@ import dare
 from dare import exports
 from dare.core.errors import DareError
 from dare.core.lora_recipe import LoraRecipe
-from dare.core.recipe import parse_recipe
+from dare.core.recipe import OptimizerRecipe, parse_recipe
 from dare.core.rng import Key
 from dare.families.build import build_family
 from dare.families.layers.quantized import QuantizedLinear, require_bitsandbytes
 from dare.families.lora import add_adapter, merge_adapter
 from dare.families.weights import load_family
 from dare.terminal.progress import NullReporter
+from dare.training.optim import Optimizer
 from dare.training.run import train
 from tests.conftest import tiny_family
 from tests.numerics.test_resume import _logs, _recipe
@@ -60,7 +61,7 @@ def test_a_quantized_layer_is_a_linear_layer_of_its_rounded_matrix(
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / 7)
-    quantized = QuantizedLinear(layer, bits, require_bitsandbytes(CPU))
+    quantized = QuantizedLinear(layer, bits, require_bitsandbytes(CPU).functional)
     num_bytes = quantized.weight.numel() * quantized.weight.element_size()
     assert num_bytes == (num_in * 80 + -num_in * 80 % 64) // (2 if bits == "4bit" else 1)
     error = (quantized.full_weight() - layer.weight).detach().float().norm() / layer.weight.detach().float().norm()
@@ -129,3 +130,49 @@ def test_a_run_on_a_quantized_base(bits: str, tiny_checkpoints: dict[str, Path],
     started = build_family(whole.model, None, Key(0))
     with torch.no_grad():
         torch.testing.assert_close(started.logits(IDS), merged.logits(IDS), atol=1e-5, rtol=1e-4)
+
+
+@needs_bitsandbytes
+def test_eight_bit_moments_train_like_float32_ones_and_come_back_exactly() -> None:
+    def optimizer(moments: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Linear, Optimizer]:
+        layer = nn.Linear(96, 64).to(dtype)
+        with torch.no_grad():
+            layer.weight.copy_(torch.linspace(-1, 1, 96 * 64).view(64, 96).sin())
+            layer.bias.zero_()
+        recipe = OptimizerRecipe.model_validate({"lr": 1e-2, "moments": moments, "weight_decay": 0.1})
+        return layer, Optimizer(layer.named_parameters(), recipe, 20)
+
+    def step(layer: nn.Linear, optimizer: Optimizer, index: int) -> None:
+        x = torch.linspace(-1, 1, 8 * 96).view(8, 96).mul(index + 1).cos().to(layer.weight.dtype)
+        layer(x).float().square().mean().backward()
+        optimizer.step()
+
+    (small, compact), (exact, plain) = optimizer("8bit"), optimizer("float32")
+    for index in range(8):
+        step(small, compact, index)
+        step(exact, plain, index)
+    moved = exact.weight.detach() - optimizer("float32")[0].weight.detach()
+    assert float((small.weight - exact.weight).detach().norm() / moved.norm()) < 0.1
+    num_bytes = {name: t.numel() * t.element_size() for name, t in compact.state().items() if "weight" in name}
+    assert num_bytes["state1/weight"] == num_bytes["state2/weight"] == 96 * 64
+
+    for dtype in (torch.float32, torch.bfloat16):
+        layer, whole = optimizer("8bit", dtype)
+        for index in range(3):
+            step(layer, whole, index)
+        other, resumed = optimizer("8bit", dtype)
+        other.load_state_dict(layer.state_dict())
+        resumed.load_state({name: tensor.clone() for name, tensor in whole.state().items()})
+        for index in range(3, 6):
+            step(layer, whole, index)
+            step(other, resumed, index)
+        assert torch.equal(layer.weight, other.weight)
+        with pytest.raises(DareError, match="other moments"):
+            optimizer("float32", dtype)[1].load_state(whole.state())
+
+
+def test_eight_bit_moments_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    recipe = OptimizerRecipe.model_validate({"moments": "8bit"})
+    with pytest.raises(DareError, match="optimizer.moments needs bitsandbytes, which is not installed"):
+        Optimizer(nn.Linear(2, 2).named_parameters(), recipe, 1)

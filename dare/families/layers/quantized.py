@@ -18,32 +18,35 @@ Bits = Literal["8bit", "4bit"]
 _BLOCK = 64  # weights that share a scale in 4 bits
 
 
-def require_bitsandbytes(device: torch.device) -> Any:
-    """`bitsandbytes.functional`. Raises DareError if it is not installed or cannot quantise on this device."""
+def require_bitsandbytes(device: torch.device, *, where: str = "lora.quantize_base") -> Any:
+    """The package `bitsandbytes`. Raises DareError if it is not installed or cannot quantise on this device.
+
+    where  the recipe key that asks for it
+    """
     try:
-        from bitsandbytes import functional as formats
+        import bitsandbytes
     except ImportError:
         raise DareError(
-            "a quantised base needs bitsandbytes, which is not installed",
-            where="lora.quantize_base",
-            fix='pip install "dare-dllm[quantized]", or remove quantize_base',
+            f"{where} needs bitsandbytes, which is not installed",
+            where=where,
+            fix=f'pip install "dare-dllm[quantized]", or remove {where}',
         ) from None
     try:
-        formats.quantize_4bit(torch.ones(64, 64, device=device), quant_type="nf4")
+        bitsandbytes.functional.quantize_4bit(torch.ones(64, 64, device=device), quant_type="nf4")
     except (RuntimeError, NotImplementedError, AttributeError) as error:
         raise DareError(
             f"bitsandbytes cannot quantise on {device.type}",
-            where="lora.quantize_base",
+            where=where,
             got=str(error).partition("\n")[0],
-            fix="install a build of bitsandbytes for this device, or remove quantize_base",
+            fix=f"install a build of bitsandbytes for this device, or remove {where}",
         ) from None
-    return formats
+    return bitsandbytes
 
 
 class QuantizedLinear(nn.Linear):
     """A linear layer whose matrix is stored as NF4 with quantised scales (4bit) or as blockwise int8 (8bit).
 
-    formats  what `require_bitsandbytes` returned
+    formats  `functional` of what `require_bitsandbytes` returned
     """
 
     def __init__(self, layer: nn.Linear, bits: Bits, formats: Any) -> None:
