@@ -43,6 +43,13 @@ _PLAIN: dict[str, tuple[object, ...]] = {
     "trainable_token_indices": (None,),
     "alora_invocation_tokens": (None,),
     "use_bdlora": (None, False),
+    "use_qalora": (None, False),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+    "velora_config": (None,),
+    # Others changed the base that the adapter belongs to, unless peft converted them when it saved.
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }
 
 
@@ -182,7 +189,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _recipe(config: dict[str, Any], where: str) -> LoraRecipe:
-    """Rank, scale and targets. Initial values that changed the base (PiSSA, say) were converted when it was saved."""
+    """Rank, scale and targets."""
     targets = config.get("target_modules")
     names: Any = targets if isinstance(targets, list) else "all-linear"  # a pattern, say; the tensors have the names
     try:

@@ -6,7 +6,7 @@ official module names, one per expert, which is how `peft` names them on the pub
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -275,18 +275,19 @@ def _wrap_linear(network: Network, paths: list[str], recipe: LoraRecipe) -> None
             part.to(network.head_weight.dtype).to_empty(device=weight.device)
 
 
-def _quantize(network: Network, places: Iterable[_Place], bits: Bits) -> None:
+def _quantize(network: Network, places: Collection[_Place], bits: Bits) -> None:
     """Put quantised copies in the place of all linear layers but the head, adapted or not."""
+    stacked = [place.module for place in places if place.stack is not None]
+    if stacked:
+        raise DareError(
+            "stacked experts, which are most of this model, cannot be quantised",
+            where="lora.quantize_base",
+            got=stacked[0],
+            fix="remove quantize_base",
+        )
     formats = require_bitsandbytes(network.head_weight.device).functional
     for place in places:
-        layer = network.get_submodule(place.module)
-        if not isinstance(layer, nn.Linear):
-            raise DareError(
-                "stacked experts, which are most of this model, cannot be quantised",
-                where="lora.quantize_base",
-                got=place.module,
-                fix="remove quantize_base",
-            )
+        layer: Any = network.get_submodule(place.module)
         _replace(network, place.module, QuantizedLinear(layer, bits, formats))
 
 
