@@ -9,8 +9,19 @@ import typer
 from typer.core import TyperGroup
 
 from dare.cli_eval import data_fetch, data_path, eval_app
+from dare.cli_export import export
 from dare.cli_models import chat, convert
-from dare.cli_options import Checkpoint, DecodeOptions, Device, Dtype, Overrides, RecipeFile, load_model, token_text
+from dare.cli_options import (
+    Base,
+    Checkpoint,
+    DecodeOptions,
+    Device,
+    Dtype,
+    Overrides,
+    RecipeFile,
+    load_model,
+    token_text,
+)
 from dare.core.errors import DareError
 
 EXIT_USER_ERROR = 2
@@ -99,6 +110,7 @@ def generate(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     is_traced: Annotated[bool, typer.Option("--trace", help="show the canvas filling, step by step")] = False,
     is_json: Annotated[bool, typer.Option("--json", help="one JSON object per completion")] = False,
+    base: Base = None,
     device: Device = "auto",
     dtype: Dtype = "checkpoint",
 ) -> None:
@@ -116,7 +128,7 @@ def generate(
 
     prompts = read_prompts(prompt or [], prompt_ids or [], file, is_chat=is_chat)
     decode = generation_options(checkpoint, overrides or [])
-    model = load_model(checkpoint, device, dtype)
+    model = load_model(checkpoint, device, dtype, base)
     from dare.terminal.canvas import CanvasView
     from dare.terminal.completions import print_completions
     from dare.terminal.progress import progress_bar
@@ -133,6 +145,7 @@ def generate(
 
 app.command(short_help="Talk to a model; its canvas streams.")(chat)
 app.command(short_help="Make a diffusion model of an autoregressive one.")(convert)
+app.command(short_help="Merge an adapter, and write a model to publish.")(export)
 
 
 @app.command(short_help="Check recipes without running them.")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from dare.cli_options import Checkpoint, DecodeOptions, Device, Dtype, load_model
+from dare.cli_options import Base, Checkpoint, DecodeOptions, Device, Dtype, load_model
 
 
 class _RunByDefault(TyperGroup):
@@ -45,6 +45,7 @@ def run(
     split: Annotated[str, typer.Option(help="eval or train; of a task")] = "eval",
     out: Annotated[Path | None, typer.Option(help="folder for results; benchmarks go on where they stopped")] = None,
     is_json: Annotated[bool, typer.Option("--json", help="print the summary as JSON")] = False,
+    base: Base = None,
     device: Device = "auto",
     dtype: Dtype = "checkpoint",
 ) -> None:
@@ -66,12 +67,12 @@ def run(
         words += [] if num is None else [f"task.limit={num}"]
         words += [] if seed is None else [f"task.seed={seed}"]
         choice = {"preset": preset, "tasks": tasks, "published": published, "shard": shard}
-        _run_benchmarks(checkpoint, words, choice, out, device, dtype, is_weak_allowed, is_json)
+        _run_benchmarks(checkpoint, words, choice, out, (device, dtype, base), is_weak_allowed, is_json)
         return
     from dare.terminal.settings import evaluation_settings
 
     settings = evaluation_settings(checkpoint, task, recipe, overrides or [])
-    model = load_model(checkpoint, device, dtype)
+    model = load_model(checkpoint, device, dtype, base)
     from dare import api
     from dare.terminal.progress import evaluation_line
 
@@ -162,11 +163,11 @@ def _run_benchmarks(
     overrides: list[str],
     choice: dict[str, str | None],
     out: Path | None,
-    device: str,
-    dtype: str,
+    place: tuple[str, str, str | None],
     is_weak_allowed: bool,
     is_json: bool,
 ) -> None:
+    """`place`: device, dtype and base, as `load_model` takes them."""
     from dare.terminal.settings import parse_options
 
     options = parse_options(overrides)
@@ -175,7 +176,7 @@ def _run_benchmarks(
     from dare.evals.suite import Shard
 
     part = Shard.parse(shard) if shard else None
-    model = load_model(checkpoint, device, dtype)
+    model = load_model(checkpoint, *place)
     from dare import api
     from dare.terminal.progress import benchmark_line, progress_bar
 

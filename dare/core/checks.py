@@ -24,6 +24,7 @@ def check(recipe: Recipe) -> list[str]:
             check_attention(recipe.algorithm.name, algorithm, attention)
     warnings = _check_online(recipe, algorithm) if algorithm.kind == "online" else _check_offline(recipe)
     _check_blocks(recipe)
+    _check_lora(recipe)
     if recipe.evaluation.num < 30 and recipe.task is not None:
         warnings.append(f"evaluation.num {recipe.evaluation.num} gives intervals too wide to compare anything")
     return warnings
@@ -121,6 +122,24 @@ def _check_records(recipe: Recipe, algorithm: Any) -> None:
             where="decode",
             got=f"unmask: {decode.unmask}, cache: {decode.cache}",
             fix="use unmask: max_prob and cache: auto",
+        )
+
+
+def _check_lora(recipe: Recipe) -> None:
+    if recipe.lora is None:
+        return
+    if recipe.model.create is not None:
+        raise DareError(
+            "an adapter belongs to a checkpoint, and a new model is in none",
+            where="lora",
+            got="model.create",
+            fix="train a new model whole, without lora; then give its run folder as model.path",
+        )
+    if recipe.algorithm.build().critic_lr is not None:
+        raise DareError(
+            f"{recipe.algorithm.name} trains a critic, a second network, which an adapter does not save",
+            where="lora",
+            fix="remove lora, or choose an algorithm without a critic; `dare list algorithms` shows them",
         )
 
 

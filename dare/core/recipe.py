@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from dare.core.data_recipe import DataRecipe
 from dare.core.decode import Decode
 from dare.core.errors import DareError
+from dare.core.lora_recipe import LoraRecipe
 from dare.core.options import Options
 from dare.core.recipe_errors import explain
 from dare.core.registry import resolve
@@ -120,6 +121,7 @@ class OptimizerRecipe(Options):
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0.0, description="on matrices only")
     max_grad_norm: float = Field(1.0, gt=0)
+    moments: Literal["float32", "8bit"] = Field("float32", description="8bit: stored blockwise; needs bitsandbytes")
 
 
 class EvaluationRecipe(Options):
@@ -154,6 +156,9 @@ class Recipe(Options):
         description="where it runs: a name, or a name with options",
     )
     model: ModelRecipe
+    lora: LoraRecipe | None = Field(
+        None, description="train an adapter of the model in model.path; default: all weights"
+    )
     algorithm: AlgorithmChoice
     task: TaskChoice | None = None
     data: DataRecipe | None = Field(None, description="offline rows; default: the task's problems and answers")

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,9 @@ from dare.families.layers.attention import KVCache, SharedContext, Visible
 from dare.families.layers.head import chunk_rows, linear_logp
 from dare.families.layers.moe import ExpertLoad
 from dare.families.streams import pack_streams
+
+if TYPE_CHECKING:
+    from dare.families.lora import Adapter
 
 
 class Network(nn.Module, ABC):
@@ -129,6 +133,7 @@ class Family:
         self.config = config
         self.generation_config = generation_config
         self.buffer_dtypes = dict(buffer_dtypes or {})
+        self.adapter: Adapter | None = None  # see `dare.families.lora`
 
     @property
     def dtype(self) -> torch.dtype:
