@@ -291,6 +291,8 @@ class Views:
     weight_RS    float32 the plan's weight of each scored log-prob; 0 where is_target_RS is False
     sample_R     int64   row of `Samples` that the view belongs to
     view_R       int64   index of the view within its sample (0-based)
+    predicted_RS int64   the policy's most likely token at each target before the update, -1 where not asked for; None
+                         unless the algorithm has predictions
     """
 
     noisy_RS: Tensor
@@ -301,6 +303,7 @@ class Views:
     sample_R: Tensor
     view_R: Tensor
     temperature: float = 1.0  # logits are divided by it before the softmax
+    predicted_RS: Tensor | None = None
 
     def __post_init__(self) -> None:
         shape = tuple(self.noisy_RS.shape)
@@ -322,7 +325,8 @@ class Views:
 
     def rows(self, index: Tensor | slice) -> Views:
         """The chosen views, in that order."""
-        changes = {f.name: getattr(self, f.name)[index] for f in dataclasses.fields(self) if f.name != "temperature"}
+        columns = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "temperature"}
+        changes: dict[str, Any] = {name: None if column is None else column[index] for name, column in columns.items()}
         return dataclasses.replace(self, **changes)
 
 

@@ -118,6 +118,15 @@ class LocalEngine:
                 score_RS[part] = score(*_rows(views, samples, part)).cpu()
         return score_RS
 
+    def predict(self, views: Views, samples: Samples) -> Tensor:
+        token_RS = torch.zeros(views.noisy_RS.shape, dtype=torch.int64)
+        with torch.no_grad():
+            for part in self._micro_batches(torch.arange(views.num_views)):
+                chosen, canvas = _rows(views, samples, part)
+                hidden_RTD = self.family.view_hidden(chosen, canvas)
+                token_RS[part] = self.family.target_argmax(hidden_RTD, chosen).cpu()
+        return token_RS
+
     def accumulate(
         self,
         views: Views,

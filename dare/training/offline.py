@@ -33,7 +33,9 @@ def run_offline(
         chosen = row_indices(len(rows), recipe.train.batch_size, step - 1, key.fold("rows"))
         with session.phase("update"):
             batch = [rows[index] for index in chosen]
-            samples = rows_to_samples(engine, batch, recipe.decode.block_length)
+            progress = (step - 1) / recipe.train.steps
+            block_length = algorithm.block_length(progress) or recipe.decode.block_length
+            samples = rows_to_samples(engine, batch, block_length, progress)
             (iteration,) = plan_iterations(engine, algorithm, samples, key.fold("views", step), num=1)
             metrics = update(engine, algorithm, samples, iteration)
             engine.publish()
@@ -44,7 +46,7 @@ def run_offline(
             session.save(step, engine, tokenizer)
 
 
-def rows_to_samples(engine: Engine, rows: list[EncodedRow], block_length: int | None) -> Samples:
+def rows_to_samples(engine: Engine, rows: list[EncodedRow], block_length: int | None, progress: float = 0.0) -> Samples:
     """Lay the rows out as canvases; what carries loss is the row's own decision."""
     canvas = engine.canvas([row.prompt_ids for row in rows], [row.completion_ids for row in rows], block_length)
     is_scored_BS = torch.zeros_like(canvas.is_real_BS)
@@ -58,4 +60,6 @@ def rows_to_samples(engine: Engine, rows: list[EncodedRow], block_length: int | 
         advantage_B=torch.zeros(len(rows)),
         group_B=torch.arange(len(rows)),
         mask_id=engine.spec.mask_id,
+        eos_ids=engine.spec.eos_ids,
+        progress=progress,
     )

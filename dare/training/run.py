@@ -34,7 +34,10 @@ def train(recipe: Recipe, run_dir: Path, reporter: Reporter, *, is_resumed: bool
     raw_rows = _raw_rows(recipe, task) if algorithm.kind == "offline" else []
     tokenizer = _tokenizer(recipe, task, raw_rows)
     rows = _encode(recipe, raw_rows, tokenizer, family_spec(recipe.model, tokenizer)) if raw_rows else []
-    check_attention(recipe.algorithm.name, algorithm, family_spec(recipe.model, tokenizer).attention)
+    spec = family_spec(recipe.model, tokenizer)
+    check_attention(recipe.algorithm.name, algorithm, spec.attention)
+    algorithm = algorithm.adapted(spec)
+    recipe = recipe.model_copy(update={"algorithm": recipe.algorithm.with_options(algorithm.options)})
     executor = resolve("executors", recipe.executor)
     engine = executor.create(
         recipe, tokenizer, needs_reference=algorithm.needs_reference, critic_lr=algorithm.critic_lr
