@@ -56,7 +56,7 @@ class SFTOptions(Options):
     norm: Norm | None = Field(
         None,
         description="sequence: mean over samples of the mean per token; token: mean per token; batch: per sample; "
-        "masked: mean per masked token",
+        "masked: mean per masked token; view: mean over views of the mean per masked token",
     )
     views_per_sample: int | None = Field(None, ge=1, description="masks per sample; their loss is averaged")
     is_complementary: bool | None = Field(None, description="views come in pairs of a mask and its complement")
@@ -228,19 +228,8 @@ class SFT(Algorithm[SFTOptions]):
     def loss(
         self, logp_RS: Tensor, old_RS: Tensor, reference_RS: Tensor | None, views: Views, samples: Samples
     ) -> Loss:
-        focused_RS = self._focused(logp_RS, views)
-        nll_B = -likelihood.per_sequence(focused_RS, views.weight_RS, views.sample_R, samples.canvas.batch_size)
-        length_B = samples.is_scored_BS.sum(-1)
+        value = self._value(self._focused(logp_RS, views), views, samples)
         is_masked_RS = views.is_target_RS & (views.noisy_RS == samples.mask_id)
-        if self.objective.norm == "sequence":
-            value = reduce.mean(reduce.divide(nll_B, length_B))
-        elif self.objective.norm == "token":
-            value = reduce.divide(nll_B.sum(), length_B.sum())
-        elif self.objective.norm == "batch":
-            value = reduce.mean(nll_B)
-        else:
-            num_views = self.objective.noise.num_views
-            value = reduce.divide(nll_B.sum() * num_views, views.is_target_RS.sum())
         is_candidate_RS = samples.is_scored_BS[views.sample_R]
         metrics = {
             "nll_masked": reduce.metric(-logp_RS, is_masked_RS),
@@ -251,6 +240,23 @@ class SFT(Algorithm[SFTOptions]):
         if bool(is_visible_RS.any()):
             metrics["nll_visible"] = reduce.metric(-logp_RS, is_visible_RS)
         return Loss(value, metrics)
+
+    def _value(self, logp_RS: Tensor, views: Views, samples: Samples) -> Tensor:
+        """0-d: the weighted nll over the denominator that `norm` names."""
+        norm, num_views = self.objective.norm, self.objective.noise.num_views
+        if norm == "view":
+            nll_R = -likelihood.per_view(logp_RS, views.weight_RS) * num_views
+            num_targets_R = views.is_target_RS.sum(-1)
+            return reduce.masked_mean(reduce.divide(nll_R, num_targets_R), num_targets_R > 0)
+        nll_B = -likelihood.per_sequence(logp_RS, views.weight_RS, views.sample_R, samples.canvas.batch_size)
+        length_B = samples.is_scored_BS.sum(-1)
+        if norm == "sequence":
+            return reduce.mean(reduce.divide(nll_B, length_B))
+        if norm == "token":
+            return reduce.divide(nll_B.sum(), length_B.sum())
+        if norm == "batch":
+            return reduce.mean(nll_B)
+        return reduce.divide(nll_B.sum() * num_views, views.is_target_RS.sum())
 
     def _focused(self, logp_RS: Tensor, views: Views) -> Tensor:
         """Log-probs times focal_alpha (1 - p)^gamma, where that is on (Dream's token reweighting)."""

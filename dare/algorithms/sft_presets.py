@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from dare.diffusion.supervised import Noise
 
-Norm = Literal["sequence", "token", "batch", "masked"]
+Norm = Literal["sequence", "token", "batch", "masked", "view"]
 PresetName = Literal["llada", "d1", "mdlm", "dream", "bd3lm", "sdar", "llada2", "llada2_edit"]
 
 

@@ -352,7 +352,7 @@ def time_shares(
 
 
 def _random_places(samples: Samples, key: Key, unit_BS: Tensor, is_maskable_BS: Tensor) -> tuple[Tensor, Tensor]:
-    """int64 [B, S] and [B, 1]: each unit's place in a random order of the sample's maskable units; how many there are."""
+    """int64 [B, S] and [B, 1]: each unit's place in a random order of the sample's maskable units, and their number."""
     unit_U = torch.arange(int(unit_BS.max()) + 1, device=unit_BS.device)
     is_used_BU = torch.zeros((len(unit_BS), len(unit_U)), dtype=torch.int64, device=unit_BS.device)
     is_used_BU = is_used_BU.scatter_add(1, unit_BS, is_maskable_BS.long()) > 0

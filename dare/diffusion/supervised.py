@@ -53,13 +53,20 @@ def noised(samples: Samples, key: Key, noise: Noise) -> Views:
     of about the mask probability at t_min. Complementary views are adjacent; their times are t and 1 - t, with t in
     [t_min, min(t_max, 1 - t_min)).
     """
-    scope = corrupt.scored_scope(samples)
     num_draws = noise.num_views // 2 if noise.is_complementary else noise.num_views
     t_max = min(noise.t_max, 1.0 - noise.t_min) if noise.is_complementary else noise.t_max
     is_time_per_block = noise.time_per == "block"
+    scope = corrupt.scored_scope(samples)
     shares_BMS = corrupt.time_shares(samples, key, scope, num_draws, is_time_per_block, noise.time_spread)
     t_BMS = spread_time(shares_BMS, noise.t_min, t_max)
     uniform_BMS = corrupt.position_uniform(samples, key.fold("mask"), num_draws)
+    views = masked(samples, noise, t_BMS, uniform_BMS)
+    return _edited(views, samples, key.fold("edit"), noise) if noise.edit_rate > 0 else views
+
+
+def masked(samples: Samples, noise: Noise, t_BMS: Tensor, uniform_BMS: Tensor) -> Views:
+    """The views that these times and draws give: a scored token is masked where its draw is below 1 - alpha(t)."""
+    scope = corrupt.scored_scope(samples)
     if noise.is_eos_unit:
         uniform_BMS = _one_draw_per_tail(samples, uniform_BMS)
     is_drawn_BMS = uniform_BMS < find_schedule(noise.schedule).mask_probability(t_BMS)
@@ -67,12 +74,12 @@ def noised(samples: Samples, key: Key, noise: Noise) -> Views:
         is_drawn_BMS = torch.stack([is_drawn_BMS, ~is_drawn_BMS], dim=2).flatten(1, 2)
         t_BMS = torch.stack([t_BMS, 1.0 - t_BMS], dim=2).flatten(1, 2)
     is_masked_BMS = is_drawn_BMS & scope.is_maskable_BS[:, None]
-    weight_BMS = _weights(samples, noise, t_BMS, is_masked_BMS) / noise.num_views
-    views = corrupt.scoped_views(samples, scope, is_drawn_BMS, weight_BMS, temperature=1.0)
-    return _edited(views, samples, key.fold("edit"), noise) if noise.edit_rate > 0 else views
+    weight_BMS = weights(samples, noise, t_BMS, is_masked_BMS) / noise.num_views
+    return corrupt.scoped_views(samples, scope, is_drawn_BMS, weight_BMS, temperature=1.0)
 
 
-def _weights(samples: Samples, noise: Noise, t_BMS: Tensor, is_masked_BMS: Tensor) -> Tensor:
+def weights(samples: Samples, noise: Noise, t_BMS: Tensor, is_masked_BMS: Tensor) -> Tensor:
+    """float64 [B, M, S]: what the loss of a masked token weighs at each position."""
     if noise.weight == "elbo":
         return find_schedule(noise.schedule).loss_weight(t_BMS)
     if noise.weight == "uniform":
