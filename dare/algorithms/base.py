@@ -15,6 +15,7 @@ from dare.core.types import AuxLoss, Judgement, Loss, Record, Samples, Views
 if TYPE_CHECKING:
     from torch import Tensor
 
+RowKind = Literal["completions", "pairs", "labelled"]
 OptionsT = TypeVar("OptionsT", bound=Options)
 
 
@@ -27,6 +28,7 @@ class Algorithm(ABC, Generic[OptionsT]):
 
     Config: ClassVar[type[Options]]
     kind: ClassVar[Literal["online", "offline"]]  # trains on rollouts | on dataset rows
+    row_kind: ClassVar[RowKind] = "completions"  # offline: completions to learn, pairs of them, or with good and bad
     needs_step_map: ClassVar[bool] = False
     needs: ClassVar[frozenset[Record]] = frozenset()  # what else the rollout must record
     is_linear: bool = False  # loss is linear in logp: no scoring pass before the backward
@@ -65,6 +67,11 @@ class Algorithm(ABC, Generic[OptionsT]):
     def critic_lr(self) -> float | None:
         """Learning rate of the critic; None without one."""
         return None
+
+    @property
+    def has_fixed_views(self) -> bool:
+        """Offline: whether a row has the same views whenever it comes up."""
+        return False
 
     @property
     def num_predictions(self) -> int:

@@ -245,11 +245,11 @@ class Samples:
                             the positions that carry loss
     sample_id_B     int64   stable ids that key the corruption
     advantage_B     float32 zeros for dataset rows
-    group_B         int64   samples of one prompt share a group
+    group_B         int64   samples of one prompt share a group; the two sides of a preference pair do
     step_map_BS     int64   None for dataset rows
     rollout_logp_BS float32 the rollout's own log-probs at commit; None for dataset rows
     eos_ids         what ends a completion
-    reward_B        float32 rewards of rollouts; None for dataset rows
+    reward_B        float32 rewards of rollouts; of preference rows 1 (preferred) or 0; None for other dataset rows
     drafts, tree    of the rollout, where the algorithm asked for them
     progress        share of the run's steps that were done before this batch, in [0, 1)
     judgement       what the critic made of the rollout, where the algorithm has one

@@ -21,7 +21,6 @@ from dare.families.tokenizer import encode_messages, encode_text, turn_end
 from dare.tasks.base import Task
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
-_JSON_ROW = "one JSON object a line"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 Messages = tuple[Message, ...]
@@ -68,17 +67,22 @@ def load_rows(data: DataRecipe) -> list[Row]:
     The format follows from the columns unless `data.format` names it; other columns are ignored.
     Raises DareError with file and line (or row) for the first malformed row; for a missing or empty file.
     """
+    records = read_records(data)
+    row_format = data.format or _detect_format(records, data.path or "")
+    return [
+        make_row(f"{Path(data.path or '').name}/{index}", where, record, row_format, data.loss_turns)
+        for index, (where, record) in enumerate(records)
+    ]
+
+
+def read_records(data: DataRecipe) -> list[Record]:
+    """The rows of `data.path` as they are. Raises DareError for a missing or empty file, or one that is not rows."""
     if data.path is None:
         raise DareError("there are no rows to load", where="data.path", got="none")
     records = list(_read(data.path, data.split))
     if not records:
         raise DareError("the data is empty", where=data.path)
-    row_format = data.format or _detect_format(records, data.path)
-    name = Path(data.path).name
-    return [
-        _make_row(f"{name}/{index}", where, record, row_format, data.loss_turns)
-        for index, (where, record) in enumerate(records)
-    ]
+    return records
 
 
 def task_rows(task: Task[Any]) -> list[Row]:
@@ -117,9 +121,8 @@ def _read_lines(path: Path) -> Iterator[Record]:
             try:
                 record = json.loads(line)
             except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise DareError(
-                    "not valid JSON", where=where, got=str(error), expected="one JSON object a line"
-                ) from None
+                expected = "one JSON object a line"
+                raise DareError("not valid JSON", where=where, got=str(error), expected=expected) from None
             if not isinstance(record, dict):
                 raise DareError("not a row", where=where, got=type(record).__name__, expected="one JSON object a line")
             yield where, record
@@ -180,7 +183,8 @@ def _detect_format(records: list[Record], path: str) -> RowFormat:
     )
 
 
-def _make_row(uid: str, where: str, record: dict[str, Any], row_format: RowFormat, loss_turns: LossTurns) -> Row:
+def make_row(uid: str, where: str, record: dict[str, Any], row_format: RowFormat, loss_turns: LossTurns) -> Row:
+    """The row of a record's columns. Raises DareError naming `where` if they are not as the format says."""
     if row_format == "messages":
         prompt, completion = _split_conversation(_messages(record, "messages", where), loss_turns, where)
         return Row(uid, where, prompt, completion)
@@ -363,9 +367,8 @@ def encode_rows(
     encoder = RowEncoder(tokenizer, data, decode, spec)
     encoded = [found for row in rows if (found := encoder.encode(row)) is not None]
     if not encoded:
-        raise DareError(
-            "every row is too long", where="data.on_too_long", got=f"{len(rows)} rows dropped", fix="raise max_length"
-        )
+        got = f"{len(rows)} rows dropped"
+        raise DareError("every row is too long", where="data.on_too_long", got=got, fix="raise max_length")
     return encoded
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from dare.core.types import Samples
 from dare.tasks.base import Task
 from dare.training.data import EncodedRow, row_indices
 from dare.training.online import evaluate_held_out
+from dare.training.pairs import PreferencePair
 from dare.training.session import Session
 from dare.training.update import plan_iterations, update
 
@@ -21,7 +23,7 @@ def run_offline(
     session: Session,
     engine: Engine,
     algorithm: Algorithm[Any],
-    rows: list[EncodedRow],
+    rows: Sequence[EncodedRow | PreferencePair],
     task: Task[Any] | None,
     tokenizer: Any,
 ) -> None:
@@ -36,7 +38,8 @@ def run_offline(
             progress = (step - 1) / recipe.train.steps
             block_length = algorithm.block_length(progress) or recipe.decode.block_length
             samples = rows_to_samples(engine, batch, block_length, progress)
-            (iteration,) = plan_iterations(engine, algorithm, samples, key.fold("views", step), num=1)
+            views_key = key.fold("views") if algorithm.has_fixed_views else key.fold("views", step)
+            (iteration,) = plan_iterations(engine, algorithm, samples, views_key, num=1)
             metrics = update(engine, algorithm, samples, iteration)
             engine.publish()
         session.record_step(step, metrics, num_tokens=int(samples.is_scored_BS.sum()))
@@ -46,8 +49,21 @@ def run_offline(
             session.save(step, engine, tokenizer)
 
 
-def rows_to_samples(engine: Engine, rows: list[EncodedRow], block_length: int | None, progress: float = 0.0) -> Samples:
-    """Lay the rows out as canvases; what carries loss is the row's own decision."""
+def rows_of(example: EncodedRow | PreferencePair) -> tuple[EncodedRow, ...]:
+    """The example's own row, or both sides of a pair, the chosen one first."""
+    return (example.chosen, example.rejected) if isinstance(example, PreferencePair) else (example,)
+
+
+def rows_to_samples(
+    engine: Engine, examples: Sequence[EncodedRow | PreferencePair], block_length: int | None, progress: float = 0.0
+) -> Samples:
+    """Lay the rows out as canvases; what carries loss is the row's own decision.
+
+    A pair becomes two rows of one group, the chosen one (reward 1) first.
+    """
+    groups = [rows_of(example) for example in examples]
+    rows = [row for group in groups for row in group]
+    is_paired = len(rows) > len(groups)
     canvas = engine.canvas([row.prompt_ids for row in rows], [row.completion_ids for row in rows], block_length)
     is_scored_BS = torch.zeros_like(canvas.is_real_BS)
     for index, row in enumerate(rows):
@@ -58,8 +74,9 @@ def rows_to_samples(engine: Engine, rows: list[EncodedRow], block_length: int | 
         is_scored_BS=is_scored_BS,
         sample_id_B=torch.tensor([stable_id(row.uid) for row in rows]),
         advantage_B=torch.zeros(len(rows)),
-        group_B=torch.arange(len(rows)),
+        group_B=torch.tensor([index for index, group in enumerate(groups) for _ in group]),
         mask_id=engine.spec.mask_id,
         eos_ids=engine.spec.eos_ids,
+        reward_B=torch.tensor([1.0, 0.0]).repeat(len(groups)) if is_paired else None,
         progress=progress,
     )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dare.algorithms.base import Algorithm
+from dare.algorithms.base import Algorithm, RowKind
 from dare.core.checks import check, check_attention
 from dare.core.data_recipe import DataRecipe
 from dare.core.errors import DareError
@@ -17,8 +18,9 @@ from dare.families.tokenizer import char_tokenizer, load_tokenizer
 from dare.tasks.base import Task
 from dare.training.checkpoint import resolve_model_path
 from dare.training.data import EncodedRow, Row, encode_rows, load_rows, task_rows
-from dare.training.offline import run_offline
+from dare.training.offline import rows_of, run_offline
 from dare.training.online import run_online
+from dare.training.pairs import PairRow, PreferencePair, encode_pairs, load_pairs, task_pairs
 from dare.training.session import Reporter, Session
 
 
@@ -31,7 +33,7 @@ def train(recipe: Recipe, run_dir: Path, reporter: Reporter, *, is_resumed: bool
     warnings = check(recipe)
     algorithm: Algorithm[Any] = recipe.algorithm.build()
     task: Task[Any] | None = recipe.task.build(recipe.seed) if recipe.task else None
-    raw_rows = _raw_rows(recipe, task) if algorithm.kind == "offline" else []
+    raw_rows = _raw_rows(recipe, task, algorithm.row_kind) if algorithm.kind == "offline" else []
     tokenizer = _tokenizer(recipe, task, raw_rows)
     rows = _encode(recipe, raw_rows, tokenizer, family_spec(recipe.model, tokenizer)) if raw_rows else []
     spec = family_spec(recipe.model, tokenizer)
@@ -65,12 +67,16 @@ def train(recipe: Recipe, run_dir: Path, reporter: Reporter, *, is_resumed: bool
 
 
 def training_rows(recipe: Recipe) -> tuple[Any, list[EncodedRow]]:
-    """The tokenizer and the rows that an offline recipe trains on, without loading any weights."""
+    """The tokenizer and the rows that an offline recipe trains on, both sides of a pair one after the other.
+
+    No weights are loaded.
+    """
     recipe = _with_checkpoint(recipe)
     task: Task[Any] | None = recipe.task.build(recipe.seed) if recipe.task else None
-    raw_rows = _raw_rows(recipe, task)
+    raw_rows = _raw_rows(recipe, task, recipe.algorithm.type.row_kind)
     tokenizer = _tokenizer(recipe, task, raw_rows)
-    return tokenizer, _encode(recipe, raw_rows, tokenizer, family_spec(recipe.model, tokenizer))
+    examples = _encode(recipe, raw_rows, tokenizer, family_spec(recipe.model, tokenizer))
+    return tokenizer, [row for example in examples for row in rows_of(example)]
 
 
 def _with_checkpoint(recipe: Recipe) -> Recipe:
@@ -81,17 +87,18 @@ def _with_checkpoint(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"model": model})
 
 
-def _raw_rows(recipe: Recipe, task: Task[Any] | None) -> list[Row]:
+def _raw_rows(recipe: Recipe, task: Task[Any] | None, kind: RowKind) -> list[Row | PairRow]:
     """Dataset rows, or the task's own problems and answers."""
     data = recipe.data or DataRecipe()
+    is_paired = kind != "completions"
     if data.path is not None:
-        return load_rows(data)
+        return [*(load_pairs(data) if is_paired else load_rows(data))]
     if task is None:
         raise DareError("there is nothing to train on", expected="data.path or a task", fix="add one to the recipe")
-    return task_rows(task)
+    return [*(task_pairs(task) if is_paired else task_rows(task))]
 
 
-def _tokenizer(recipe: Recipe, task: Task[Any] | None, rows: list[Row]) -> Any:
+def _tokenizer(recipe: Recipe, task: Task[Any] | None, rows: Sequence[Row | PairRow]) -> Any:
     """The checkpoint's tokenizer; for a new model one token per character of the task or of the data."""
     if recipe.model.path is not None:
         tokenizer = load_tokenizer(recipe.model.path)
@@ -108,5 +115,12 @@ def _tokenizer(recipe: Recipe, task: Task[Any] | None, rows: list[Row]) -> Any:
     return char_tokenizer("".join(sorted(alphabet)))
 
 
-def _encode(recipe: Recipe, rows: list[Row], tokenizer: Any, spec: FamilySpec) -> list[EncodedRow]:
-    return encode_rows(tokenizer, rows, recipe.data or DataRecipe(), recipe.decode, spec)
+def _encode(
+    recipe: Recipe, rows: Sequence[Row | PairRow], tokenizer: Any, spec: FamilySpec
+) -> list[EncodedRow | PreferencePair]:
+    data = recipe.data or DataRecipe()
+    pairs = [row for row in rows if isinstance(row, PairRow)]
+    if pairs:
+        return [*encode_pairs(tokenizer, pairs, data, recipe.decode, spec)]
+    singles = [row for row in rows if isinstance(row, Row)]
+    return [*encode_rows(tokenizer, singles, data, recipe.decode, spec)]
