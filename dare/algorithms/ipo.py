@@ -12,7 +12,7 @@ class IPOOptions(ElboPairOptions):
     beta: Beta = 0.1
     views_per_sample: NumViews = 8
     plan: Plan = "exact_count"
-    link: Link = Field("ipo", description="ipo; the others are those of vrpo")
+    link: Link = Field("squared", description="squared; the others are those of vrpo")
 
 
 class IPO(ElboPairAlgorithm[IPOOptions]):

@@ -108,14 +108,14 @@ class PreferenceAlgorithm(Algorithm[PreferenceT]):
 
 
 class PairOptions(PreferenceOptions):
-    link: Link = Field("sigmoid", description="sigmoid (DPO), ipo or hinge (SLiC)")
-    label_smoothing: float = Field(0.0, ge=0.0, lt=0.5, description="sigmoid: assumed share of swapped labels")
+    link: Link = Field("logistic", description="logistic (DPO), squared (IPO) or hinge (SLiC)")
+    label_smoothing: float = Field(0.0, ge=0.0, lt=0.5, description="logistic: assumed share of swapped labels")
     sft_weight: float = Field(0.0, ge=0.0, description="weight of -ELBO / L of the chosen completions")
 
     @model_validator(mode="after")
     def _check(self) -> PairOptions:
-        if self.label_smoothing and self.link != "sigmoid":
-            raise ValueError(f"label_smoothing needs link: sigmoid, got {self.link}; remove one of them")
+        if self.label_smoothing and self.link != "logistic":
+            raise ValueError(f"label_smoothing needs link: logistic, got {self.link}; remove one of them")
         return self
 
 

@@ -9,17 +9,17 @@ from dare.core.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-Link = Literal["sigmoid", "ipo", "hinge"]
+Link = Literal["logistic", "squared", "hinge"]
 
 
 def pair_loss(link: Link, score_P: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """[P]: the loss of each pair from its score, the chosen side's margin minus the rejected one's.
 
-    "sigmoid"  -(1 - e) log sigma(beta s) - e log sigma(-beta s), e the label smoothing (DPO, Rafailov et al. 2023)
-    "ipo"      (s - 1 / (2 beta))^2 (Azar et al. 2023)
+    "logistic" -(1 - e) log sigma(beta s) - e log sigma(-beta s), e the label smoothing (DPO, Rafailov et al. 2023)
+    "squared"  (s - 1 / (2 beta))^2 (Azar et al. 2023)
     "hinge"    max(0, 1 - beta s) (SLiC, Zhao et al. 2023)
     """
-    if link == "ipo":
+    if link == "squared":
         return (score_P - 1 / (2 * beta)).square()
     if link == "hinge":
         return (1 - beta * score_P).clamp(min=0.0)
@@ -33,4 +33,5 @@ def kto_loss(
     """[B]: w (1 - sigma(+-beta (margin - baseline))), plus for good completions (KTO, Ethayarajh et al. 2024)."""
     logit_B = beta * (margin_B - baseline)
     value_B = torch.sigmoid(torch.where(is_good_B, logit_B, -logit_B))
-    return torch.where(is_good_B, weight_good, weight_bad) * (1 - value_B)
+    weight_B = torch.full_like(value_B, weight_bad).masked_fill(is_good_B, weight_good)
+    return weight_B * (1 - value_B)
