@@ -10,8 +10,9 @@ from dare.algorithms.base import Algorithm
 from dare.core.engine import Engine
 from dare.core.rng import Key, stable_id
 from dare.core.types import Samples
+from dare.data.order import Stream, batch_at
+from dare.data.rows import EncodedRow
 from dare.tasks.base import Task
-from dare.training.data import EncodedRow, row_indices
 from dare.training.online import evaluate_held_out
 from dare.training.session import Session
 from dare.training.update import plan_iterations, update
@@ -21,7 +22,7 @@ def run_offline(
     session: Session,
     engine: Engine,
     algorithm: Algorithm[Any],
-    rows: list[EncodedRow],
+    rows: Stream[EncodedRow],
     task: Task[Any] | None,
     tokenizer: Any,
 ) -> None:
@@ -30,9 +31,9 @@ def run_offline(
     if session.first_step == 0 and recipe.evaluation.at_start and task is not None:
         evaluate_held_out(session, engine, task, tokenizer, step=0)
     for step in range(session.first_step + 1, recipe.train.steps + 1):
-        chosen = row_indices(len(rows), recipe.train.batch_size, step - 1, key.fold("rows"))
+        with session.phase("data"):
+            batch = batch_at(rows, recipe.train.batch_size, step - 1)
         with session.phase("update"):
-            batch = [rows[index] for index in chosen]
             samples = rows_to_samples(engine, batch, recipe.decode.block_length)
             (iteration,) = plan_iterations(engine, algorithm, samples, key.fold("views", step), num=1)
             metrics = update(engine, algorithm, samples, iteration)
