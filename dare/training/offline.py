@@ -38,6 +38,7 @@ def run_offline(
             (iteration,) = plan_iterations(engine, algorithm, samples, key.fold("views", step), num=1)
             metrics = update(engine, algorithm, samples, iteration)
             engine.publish()
+        metrics["padding"] = 1.0 - float(samples.canvas.is_real_BS.float().mean())
         session.record_step(step, metrics, num_tokens=int(samples.is_scored_BS.sum()))
         if session.is_due(recipe.evaluation.every, step) and task is not None:
             evaluate_held_out(session, engine, task, tokenizer, step)
