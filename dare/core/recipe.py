@@ -106,6 +106,12 @@ class TrainRecipe(Options):
     completions_per_prompt: int = Field(8, ge=1, description="online: group size G")
     updates_per_rollout: int = Field(1, ge=1, description="online: optimizer steps per rollout (mu)")
     micro_batch_views: int = Field(256, ge=1, description="views per forward and backward; never changes the result")
+    pack_length: int | None = Field(
+        None,
+        ge=1,
+        description="tokens per forward and backward, instead of micro_batch_views: views are laid end to end, each a "
+        "document that sees itself only, and no padding is computed; never changes the result",
+    )
 
 
 class OptimizerRecipe(Options):

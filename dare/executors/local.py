@@ -19,6 +19,7 @@ from dare.core.recipe import Recipe
 from dare.core.rng import Key
 from dare.core.spec import FamilySpec
 from dare.core.types import AuxLoss, Canvas, Samples, TraceBatch, Views
+from dare.data.packing import packs
 from dare.families.base import Family
 from dare.families.build import build_family
 from dare.families.critic import Critic
@@ -46,6 +47,7 @@ class LocalEngine:
     ) -> None:
         self.family = family
         self.micro_batch_views = recipe.train.micro_batch_views
+        self.pack_length = recipe.train.pack_length
         self.optimizer = Optimizer(family.network.named_parameters(), recipe.optimizer, num_updates)
         self.reference = copy.deepcopy(family) if needs_reference else None
         self.critic = Critic(family) if critic_lr is not None else None
@@ -65,6 +67,11 @@ class LocalEngine:
         family = build_family(recipe.model, tokenizer, Key(recipe.seed))
         num_updates = recipe.train.steps * recipe.train.updates_per_rollout
         return cls(recipe, family, num_updates=num_updates, needs_reference=needs_reference, critic_lr=critic_lr)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether views are laid end to end instead of padded."""
+        return self.pack_length is not None
 
     @property
     def spec(self) -> FamilySpec:
@@ -111,19 +118,23 @@ class LocalEngine:
         if is_reference and self.reference is None:
             raise ValueError("this engine was built without a reference policy")
         family = self.reference if is_reference and self.reference is not None else self.family
-        score = family.view_logp if role == "policy" else self._critic().view_value
         score_RS = torch.zeros(views.noisy_RS.shape)
         with torch.no_grad():
-            for part in self._micro_batches(torch.arange(views.num_views)):
-                score_RS[part] = score(*_rows(views, samples, part)).cpu()
+            for part in self._micro_batches(torch.arange(views.num_views), views, samples):
+                chosen, canvas = _rows(views, samples, part)
+                if role == "policy":
+                    part_RS = family.view_logp(chosen, canvas, is_packed=self.is_packed)
+                else:
+                    part_RS = self._critic().view_value(chosen, canvas)
+                score_RS[part] = part_RS.cpu()
         return score_RS
 
     def predict(self, views: Views, samples: Samples) -> Tensor:
         token_RS = torch.zeros(views.noisy_RS.shape, dtype=torch.int64)
         with torch.no_grad():
-            for part in self._micro_batches(torch.arange(views.num_views)):
+            for part in self._micro_batches(torch.arange(views.num_views), views, samples):
                 chosen, canvas = _rows(views, samples, part)
-                hidden_RTD = self.family.view_hidden(chosen, canvas)
+                hidden_RTD = self.family.view_hidden(chosen, canvas, is_packed=self.is_packed)
                 token_RS[part] = self.family.target_argmax(hidden_RTD, chosen).cpu()
         return token_RS
 
@@ -140,13 +151,13 @@ class LocalEngine:
         if auxiliary is not None:
             is_run_R[auxiliary.view_A] = True
         score_RS = torch.full(views.noisy_RS.shape, torch.nan)
-        for part in self._micro_batches(is_run_R.nonzero()[:, 0]):
+        for part in self._micro_batches(is_run_R.nonzero()[:, 0], views, samples):
             chosen, canvas = _rows(views, samples, part)
             terms: list[Tensor] = []
             if role == "critic":
                 score = self._critic().view_value(chosen, canvas)
             else:
-                hidden_RTD = self.family.view_hidden(chosen, canvas, self.load_of_step)
+                hidden_RTD = self.family.view_hidden(chosen, canvas, self.load_of_step, is_packed=self.is_packed)
                 score = self.family.target_logp(hidden_RTD, chosen)
                 if auxiliary is not None:
                     terms = self._aux_terms(hidden_RTD, chosen, auxiliary, part)
@@ -206,8 +217,14 @@ class LocalEngine:
         auxiliary.value_A[entry_A] = value_A.detach().cpu()
         return [value_A.sum()]
 
-    def _micro_batches(self, rows: Tensor) -> list[Tensor]:
-        return list(torch.split(rows, self.micro_batch_views)) if len(rows) else []
+    def _micro_batches(self, rows: Tensor, views: Views, samples: Samples) -> list[Tensor]:
+        """The views `rows` in parts of one forward each: so many views, or packs of so many tokens."""
+        if not len(rows):
+            return []
+        if self.pack_length is None:
+            return list(torch.split(rows, self.micro_batch_views))
+        lengths = samples.canvas.is_real_BS.sum(-1)[views.sample_R[rows]]
+        return [rows[torch.tensor(pack)] for pack in packs(lengths.tolist(), self.pack_length)]
 
 
 def _rows(views: Views, samples: Samples, part: Tensor) -> tuple[Views, Canvas]:

@@ -11,10 +11,10 @@ from dare.algorithms.base import Algorithm
 from dare.core.engine import Engine
 from dare.core.rng import Key, stable_id
 from dare.core.types import Samples
+from dare.data.order import Stream, batch_at
+from dare.data.rows import EncodedRow, PreferencePair
 from dare.tasks.base import Task
-from dare.training.data import EncodedRow, row_indices
 from dare.training.online import evaluate_held_out
-from dare.training.pairs import PreferencePair
 from dare.training.session import Session
 from dare.training.update import plan_iterations, update
 
@@ -23,18 +23,18 @@ def run_offline(
     session: Session,
     engine: Engine,
     algorithm: Algorithm[Any],
-    rows: Sequence[EncodedRow | PreferencePair],
+    examples: Stream[EncodedRow | PreferencePair],
     task: Task[Any] | None,
     tokenizer: Any,
 ) -> None:
-    """Train on `rows` from `session.first_step` to the end; held-out solve rates if there is a task."""
+    """Train on `examples` from `session.first_step` to the end; held-out solve rates if there is a task."""
     recipe, key = session.recipe, Key(session.recipe.seed)
     if session.first_step == 0 and recipe.evaluation.at_start and task is not None:
         evaluate_held_out(session, engine, task, tokenizer, step=0)
     for step in range(session.first_step + 1, recipe.train.steps + 1):
-        chosen = row_indices(len(rows), recipe.train.batch_size, step - 1, key.fold("rows"))
+        with session.phase("data"):
+            batch = batch_at(examples, recipe.train.batch_size, step - 1)
         with session.phase("update"):
-            batch = [rows[index] for index in chosen]
             progress = (step - 1) / recipe.train.steps
             block_length = algorithm.block_length(progress) or recipe.decode.block_length
             samples = rows_to_samples(engine, batch, block_length, progress)
@@ -42,6 +42,7 @@ def run_offline(
             (iteration,) = plan_iterations(engine, algorithm, samples, views_key, num=1)
             metrics = update(engine, algorithm, samples, iteration)
             engine.publish()
+        metrics["padding"] = 1.0 - float(samples.canvas.is_real_BS.float().mean())
         session.record_step(step, metrics, num_tokens=int(samples.is_scored_BS.sum()))
         if session.is_due(recipe.evaluation.every, step) and task is not None:
             evaluate_held_out(session, engine, task, tokenizer, step)
