@@ -21,6 +21,7 @@ from dare.core.decode import Decode
 from dare.core.errors import DareError
 from dare.core.options import Options
 from dare.core.recipe_errors import explain
+from dare.core.reference_recipe import ReferenceRecipe
 from dare.core.registry import resolve
 
 
@@ -161,6 +162,7 @@ class Recipe(Options):
     data: DataRecipe | None = Field(None, description="offline rows; default: the task's problems and answers")
     decode: Decode = Decode()
     train: TrainRecipe = TrainRecipe()
+    reference: ReferenceRecipe = ReferenceRecipe()
     optimizer: OptimizerRecipe = OptimizerRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
     checkpoint: CheckpointRecipe = CheckpointRecipe()

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from dare.algorithms.base import Algorithm
 from dare.core.engine import Engine
+from dare.core.recipe import Recipe
 from dare.core.rng import Key, stable_id
 from dare.core.types import Samples
 from dare.data.order import Stream, batch_at
 from dare.data.rows import EncodedRow, PreferencePair
 from dare.tasks.base import Task
 from dare.training.online import evaluate_held_out
+from dare.training.reference import ReferenceStore, check_store, score_missing
 from dare.training.session import Session
-from dare.training.update import plan_iterations, update
+from dare.training.update import draw_views, plan_iterations, update
 
 
 def run_offline(
@@ -28,18 +31,17 @@ def run_offline(
     tokenizer: Any,
 ) -> None:
     """Train on `examples` from `session.first_step` to the end; held-out solve rates if there is a task."""
-    recipe, key = session.recipe, Key(session.recipe.seed)
+    recipe = session.recipe
+    rows = _Rows(recipe, engine, algorithm, examples)
+    store = _reference_store(session, engine, algorithm, rows)
     if session.first_step == 0 and recipe.evaluation.at_start and task is not None:
         evaluate_held_out(session, engine, task, tokenizer, step=0)
     for step in range(session.first_step + 1, recipe.train.steps + 1):
         with session.phase("data"):
-            batch = batch_at(examples, recipe.train.batch_size, step - 1)
+            samples, key = rows.at(step)
         with session.phase("update"):
-            progress = (step - 1) / recipe.train.steps
-            block_length = algorithm.block_length(progress) or recipe.decode.block_length
-            samples = rows_to_samples(engine, batch, block_length, progress)
-            views_key = key.fold("views") if algorithm.has_fixed_views else key.fold("views", step)
-            (iteration,) = plan_iterations(engine, algorithm, samples, views_key, num=1)
+            stored = None if store is None else store.read
+            (iteration,) = plan_iterations(engine, algorithm, samples, key, num=1, stored=stored)
             metrics = update(engine, algorithm, samples, iteration)
             engine.publish()
         metrics["padding"] = 1.0 - float(samples.canvas.is_real_BS.float().mean())
@@ -48,6 +50,62 @@ def run_offline(
             evaluate_held_out(session, engine, task, tokenizer, step)
         if session.is_due(recipe.checkpoint.every, step):
             session.save(step, engine, tokenizer)
+    if store is not None:
+        store.close()
+
+
+class _Rows:
+    """The rows of every step, laid out, and the key of their views: a pure function of the step (1-based)."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        engine: Engine,
+        algorithm: Algorithm[Any],
+        examples: Stream[EncodedRow | PreferencePair],
+    ) -> None:
+        self._recipe = recipe
+        self._engine = engine
+        self._algorithm = algorithm
+        self._examples = examples
+
+    def at(self, step: int) -> tuple[Samples, Key]:
+        recipe, key = self._recipe, Key(self._recipe.seed)
+        progress = (step - 1) / recipe.train.steps
+        block_length = self._algorithm.block_length(progress) or recipe.decode.block_length
+        batch = batch_at(self._examples, recipe.train.batch_size, step - 1)
+        samples = rows_to_samples(self._engine, batch, block_length, progress)
+        return samples, key.fold("views") if self._algorithm.has_fixed_views else key.fold("views", step)
+
+
+def _reference_store(session: Session, engine: Engine, algorithm: Algorithm[Any], rows: _Rows) -> ReferenceStore | None:
+    """The stored log-probs of all steps, complete; None if the reference is live.
+
+    Before the first step the policy is the reference, so it scores what the file does not have; what it has is compared
+    on the first batch. A resumed run only reads.
+    """
+    recipe = session.recipe
+    if recipe.reference.mode == "live":
+        return None
+    path = Path(recipe.reference.path) if recipe.reference.path else session.run_dir / "reference.sqlite"
+    store = ReferenceStore(path, identity=_identity(recipe))
+    if session.first_step > 0:
+        return store
+    with session.phase("reference"):
+        for step in range(1, recipe.train.steps + 1):
+            samples, key = rows.at(step)
+            views = draw_views(engine, algorithm, samples, key.fold(0))
+            score_missing(store, engine, views, samples)
+            if step == 1:
+                check_store(store, engine, views, samples, recipe.model.dtype)
+    return store
+
+
+def _identity(recipe: Recipe) -> str:
+    """Which model a run starts from, in words."""
+    model = recipe.model
+    source = model.path if model.create is None else f"new {model.create.model_dump_json()}, seed {recipe.seed}"
+    return f"{source} ({model.dtype})"
 
 
 def rows_of(example: EncodedRow | PreferencePair) -> tuple[EncodedRow, ...]:

@@ -43,10 +43,9 @@ def train(recipe: Recipe, run_dir: Path, reporter: Reporter, *, is_resumed: bool
     recipe = recipe.model_copy(update={"algorithm": recipe.algorithm.with_options(algorithm.options)})
     stream = pair_stream if has_pairs else row_stream
     examples = stream(sources, recipe, tokenizer, spec, tally) if sources else None
+    is_reference_held = algorithm.needs_reference and recipe.reference.mode == "live"
     executor = resolve("executors", recipe.executor)
-    engine = executor.create(
-        recipe, tokenizer, needs_reference=algorithm.needs_reference, critic_lr=algorithm.critic_lr
-    )
+    engine = executor.create(recipe, tokenizer, needs_reference=is_reference_held, critic_lr=algorithm.critic_lr)
     session = Session(recipe, run_dir, reporter, is_resumed=is_resumed)
     for warning in [*warnings, *tally.warnings()]:
         reporter.message(f"warning: {warning}")
