@@ -7,17 +7,14 @@ from typing import Any
 
 from dare.algorithms.base import Algorithm
 from dare.core.checks import check, check_attention
-from dare.core.data_recipe import DataRecipe
 from dare.core.errors import DareError
 from dare.core.recipe import Recipe
 from dare.core.registry import resolve
 from dare.data.read import Tally
-from dare.data.rows import EncodedRow
 from dare.families.build import family_spec
 from dare.families.tokenizer import char_tokenizer, load_tokenizer
 from dare.tasks.base import Task
 from dare.training.checkpoint import resolve_model_path
-from dare.training.data import encode_rows
 from dare.training.feed import TextSource, row_stream, text_sources
 from dare.training.offline import run_offline
 from dare.training.online import run_online
@@ -61,17 +58,6 @@ def train(recipe: Recipe, run_dir: Path, reporter: Reporter, *, is_resumed: bool
         session.close("failed", error=str(error))
         raise
     return session.close("finished", checkpoint=resolve_model_path(str(run_dir)))
-
-
-def training_rows(recipe: Recipe) -> tuple[Any, list[EncodedRow]]:
-    """The tokenizer and one epoch of the rows that an offline recipe trains on, without loading any weights."""
-    recipe = with_checkpoint(recipe)
-    task: Task[Any] | None = recipe.task.build(recipe.seed) if recipe.task else None
-    sources = text_sources(recipe, task, Tally())
-    tokenizer = model_tokenizer(recipe, task, sources)
-    rows = (row for source in sources for row in source.read(Tally()))
-    spec = family_spec(recipe.model, tokenizer)
-    return tokenizer, encode_rows(tokenizer, rows, recipe.data or DataRecipe(), recipe.decode, spec)
 
 
 def with_checkpoint(recipe: Recipe) -> Recipe:
