@@ -187,9 +187,14 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         if "base" in base:
             raise DareError("a base recipe cannot have a base itself", where=str(parent_path), fix="merge the two")
         data = _merge(base, data)
+    return parse_recipe(with_overrides(data, overrides), where=str(path))
+
+
+def with_overrides(data: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """`data` itself, changed by dotted overrides. Raises DareError for one that cannot be read."""
     for override in overrides:
         _apply(data, override)
-    return parse_recipe(data, where=str(path))
+    return data
 
 
 def parse_recipe(data: dict[str, Any], *, where: str) -> Recipe:

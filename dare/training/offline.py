@@ -14,7 +14,7 @@ from dare.core.recipe import Recipe
 from dare.core.rng import Key, stable_id
 from dare.core.types import Samples
 from dare.data.order import Stream, batch_at
-from dare.data.rows import EncodedRow, PreferencePair
+from dare.data.rows import EncodedRow, Example, LabelledRow, PreferencePair
 from dare.tasks.base import Task
 from dare.training.online import evaluate_held_out
 from dare.training.reference import ReferenceStore, check_store, score_missing
@@ -26,7 +26,7 @@ def run_offline(
     session: Session,
     engine: Engine,
     algorithm: Algorithm[Any],
-    examples: Stream[EncodedRow | PreferencePair],
+    examples: Stream[Example],
     task: Task[Any] | None,
     tokenizer: Any,
 ) -> None:
@@ -62,7 +62,7 @@ class _Rows:
         recipe: Recipe,
         engine: Engine,
         algorithm: Algorithm[Any],
-        examples: Stream[EncodedRow | PreferencePair],
+        examples: Stream[Example],
     ) -> None:
         self._recipe = recipe
         self._engine = engine
@@ -108,21 +108,16 @@ def _identity(recipe: Recipe) -> str:
     return f"{source} ({model.dtype})"
 
 
-def rows_of(example: EncodedRow | PreferencePair) -> tuple[EncodedRow, ...]:
-    """The example's own row, or both sides of a pair, the chosen one first."""
-    return (example.chosen, example.rejected) if isinstance(example, PreferencePair) else (example,)
-
-
 def rows_to_samples(
-    engine: Engine, examples: Sequence[EncodedRow | PreferencePair], block_length: int | None, progress: float = 0.0
+    engine: Engine, examples: Sequence[Example], block_length: int | None, progress: float = 0.0
 ) -> Samples:
     """Lay the rows out as canvases; what carries loss is the row's own decision.
 
-    A pair becomes two rows of one group, the chosen one (reward 1) first.
+    An example is a group: a row, or both sides of a pair, the chosen one first. Preferences become rewards, 1 or 0.
     """
-    groups = [rows_of(example) for example in examples]
-    rows = [row for group in groups for row in group]
-    is_paired = len(rows) > len(groups)
+    groups = [_sides(example) for example in examples]
+    rows = [row for group in groups for row, _ in group]
+    rewards = [reward for group in groups for _, reward in group if reward is not None]
     canvas = engine.canvas([row.prompt_ids for row in rows], [row.completion_ids for row in rows], block_length)
     is_scored_BS = torch.zeros_like(canvas.is_real_BS)
     for index, row in enumerate(rows):
@@ -136,6 +131,14 @@ def rows_to_samples(
         group_B=torch.tensor([index for index, group in enumerate(groups) for _ in group]),
         mask_id=engine.spec.mask_id,
         eos_ids=engine.spec.eos_ids,
-        reward_B=torch.tensor([1.0, 0.0]).repeat(len(groups)) if is_paired else None,
+        reward_B=torch.tensor(rewards) if rewards else None,
         progress=progress,
     )
+
+
+def _sides(example: Example) -> list[tuple[EncodedRow, float | None]]:
+    if isinstance(example, PreferencePair):
+        return [(example.chosen, 1.0), (example.rejected, 0.0)]
+    if isinstance(example, LabelledRow):
+        return [(example.row, float(example.is_good))]
+    return [(example, None)]

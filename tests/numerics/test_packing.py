@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -144,7 +145,7 @@ def test_packs_hold_every_row_once_within_the_capacity(lengths: list[int], capac
         assert len(pack) == 1 or sum(lengths[index] for index in pack) <= capacity
     assert all(
         sum(lengths[i] for i in first) + lengths[second[0]] > capacity
-        for first, second in zip(found, found[1:], strict=False)
+        for first, second in itertools.pairwise(found)
     )
 
 
