@@ -61,6 +61,15 @@ def _samples(family: Family, num: int = 6) -> Samples:
     return with_records(samples)
 
 
+def _samples_for(algorithm: Algorithm[Any], family: Family) -> Samples:
+    """The fixed samples; as pairs, the chosen one first, where the algorithm reads pairs."""
+    samples = _samples(family)
+    if algorithm.row_kind == "completions":
+        return samples
+    row_B = torch.arange(samples.canvas.batch_size)
+    return replace(samples, group_B=row_B // 2, reward_B=1.0 - row_B % 2)
+
+
 def _engine(family: Family, recipe: Recipe, *, needs_reference: bool = False) -> LocalEngine:
     critic_lr = recipe.algorithm.build().critic_lr
     copied = copy.deepcopy(family)
@@ -93,9 +102,9 @@ def test_replay_equals_the_gradient_of_the_full_graph(
 ) -> None:
     monkeypatch.setattr("dare.families.base.chunk_rows", lambda vocab_size: 3)
     family = families[family_name]
-    samples = _samples(family)
     recipe = _recipe(name, micro_batch_views=4)
     algorithm = recipe.algorithm.build()
+    samples = _samples_for(algorithm, family)
     views = algorithm.corrupt(samples, Key(3))
     old_RS = None
 
@@ -165,7 +174,8 @@ def test_first_update_is_on_policy_and_both_passes_agree(families: dict[str, Fam
 def test_the_critic_is_replayed_like_the_policy(families: dict[str, Family], family_name: str) -> None:
     """Its gradient is that of the full graph, and its steps bring values nearer to the returns."""
     family, recipe = families[family_name], _recipe("tracerl_value", micro_batch_views=3)
-    algorithm, samples = recipe.algorithm.build(), _samples(family)
+    algorithm: Algorithm[Any] = recipe.algorithm.build()
+    samples = _samples_for(algorithm, family)
     engine = _engine(family, recipe)
     views = algorithm.corrupt(samples, Key(0))
     samples = _judged(engine, algorithm, views, samples)
