@@ -49,6 +49,9 @@ def train(recipe: Recipe, run_dir: Path, reporter: Reporter, *, is_resumed: bool
             engine.publish()
         if rows is not None:
             run_offline(session, engine, algorithm, rows, task, tokenizer)
+            if recipe.data is not None and recipe.data.is_streaming:  # only now is it known
+                for warning in tally.warnings():
+                    reporter.message(f"warning: {warning}")
         elif task is not None:
             run_online(session, engine, algorithm, task, tokenizer)
     except KeyboardInterrupt:

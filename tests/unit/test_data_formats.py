@@ -13,8 +13,9 @@ from hypothesis import given, reject
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from dare.core.data_recipe import DataRecipe
+from dare.core.data_recipe import DataRecipe, RowSource
 from dare.core.errors import DareError
+from dare.data.formats import detect_format
 from dare.data.read import Tally, load_rows
 from dare.data.rows import PairRow, PreferencePair, Row, TextRow
 from dare.families.tokenizer import decode
@@ -336,3 +337,23 @@ def test_labels_outside_the_vocabulary_are_named(wrong: int, message: str, tmp_p
     with pytest.raises(DareError, match=message) as error:
         encode_rows(PLAIN, [row], DataRecipe(), DECODE, SPEC)
     assert "rows.jsonl, line 1" in str(error.value)
+
+
+# Detection
+
+
+def detected(rows: Sequence[dict[str, Any]]) -> str:
+    records: list[Any] = [(f"line {i}", row) for i, row in enumerate(rows)]
+    return detect_format(records, RowSource(path="rows.jsonl"))
+
+
+def test_the_format_is_that_of_most_rows() -> None:
+    whole, bare = {"prompt": "p", "completion": "c"}, {"prompt": "p"}
+    assert detected([whole, bare]) == "prompt_completion"
+    assert detected([whole, whole, CHATS]) == "prompt_completion"
+    assert detected([whole, bare, bare]) == "prompt_only"
+    assert detected([{**whole, "completion": None}]) == "prompt_only"
+    assert detected([{**TEXT_PAIR, "messages": [USER]}]) == "preference"
+    assert detected([{"text": "t"}, {"messages": []}, {"input_ids": [1], "labels": [1]}, {"x": 1}]) == "messages"
+    with pytest.raises(DareError, match="no known columns"):
+        detected([{"chosen": "a"}, {"rejected": "b"}])

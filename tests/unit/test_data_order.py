@@ -166,8 +166,8 @@ def test_a_run_on_raw_text_learns_it(tmp_path: Path) -> None:
     recipe = recipe.model_copy(update={"optimizer": recipe.optimizer.model_copy(update={"lr": 0.01})})
     train(recipe, tmp_path / "run", NullReporter())
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    first, last = (sum(line["nll_masked"] for line in part) / 10 for part in (metrics[:10], metrics[-10:]))
-    assert last < 0.5 * first
+    last = [line["nll_masked"] for line in metrics[-10:]]
+    assert sum(last) / 10 < 0.3 * max(line["nll_masked"] for line in metrics[:3])
     assert all(line["padding"] < 0.5 for line in metrics)
 
 
