@@ -130,7 +130,7 @@ def _check_records(recipe: Recipe, algorithm: Any) -> None:
 
 
 def _check_offline(recipe: Recipe) -> list[str]:
-    if recipe.task is None and (recipe.data is None or recipe.data.path is None):
+    if recipe.task is None and (recipe.data is None or not recipe.data.all_sources):
         raise DareError(
             "there is nothing to train on", where="data.path", got="none", fix="give data.path, or a task with answers"
         )

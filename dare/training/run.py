@@ -15,7 +15,7 @@ from dare.families.build import family_spec
 from dare.families.tokenizer import char_tokenizer, load_tokenizer
 from dare.tasks.base import Task
 from dare.training.checkpoint import resolve_model_path
-from dare.training.feed import TextSource, example_stream, text_sources
+from dare.training.feed import STREAMS, TextSource, text_sources
 from dare.training.offline import run_offline
 from dare.training.online import run_online
 from dare.training.session import Reporter, Session
@@ -38,8 +38,8 @@ def train(recipe: Recipe, run_dir: Path, reporter: Reporter, *, is_resumed: bool
     check_attention(recipe.algorithm.name, algorithm, spec.attention)
     algorithm = algorithm.adapted(spec)
     recipe = recipe.model_copy(update={"algorithm": recipe.algorithm.with_options(algorithm.options)})
-    kind = algorithm.row_kind
-    examples = example_stream(kind, sources, recipe, tokenizer, spec, tally) if sources else None
+    open_stream = STREAMS[algorithm.row_kind]
+    examples = open_stream(sources, recipe, tokenizer, spec, tally) if sources else None
     is_reference_held = algorithm.needs_reference and recipe.reference.mode == "live"
     executor = resolve("executors", recipe.executor)
     engine = executor.create(recipe, tokenizer, needs_reference=is_reference_held, critic_lr=algorithm.critic_lr)
@@ -52,6 +52,9 @@ def train(recipe: Recipe, run_dir: Path, reporter: Reporter, *, is_resumed: bool
             engine.publish()
         if examples is not None:
             run_offline(session, engine, algorithm, examples, task, tokenizer)
+            if recipe.data is not None and recipe.data.is_streaming:  # only now is it known
+                for warning in tally.warnings():
+                    reporter.message(f"warning: {warning}")
         elif task is not None:
             run_online(session, engine, algorithm, task, tokenizer)
     except KeyboardInterrupt:

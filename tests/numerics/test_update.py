@@ -146,7 +146,7 @@ def test_an_update_does_not_depend_on_micro_batches(families: dict[str, Family],
         recipe = _recipe(name, micro_batch_views)
         algorithm = recipe.algorithm.build()
         engine = _engine(families[family_name], recipe, needs_reference=algorithm.needs_reference)
-        samples = _samples(families[family_name])
+        samples = _samples_for(algorithm, families[family_name])
         iterations = plan_iterations(engine, algorithm, samples, Key(0), 1)
         metrics = update(engine, algorithm, samples, iterations[0])
         results.append(metrics)
@@ -174,8 +174,7 @@ def test_first_update_is_on_policy_and_both_passes_agree(families: dict[str, Fam
 def test_the_critic_is_replayed_like_the_policy(families: dict[str, Family], family_name: str) -> None:
     """Its gradient is that of the full graph, and its steps bring values nearer to the returns."""
     family, recipe = families[family_name], _recipe("tracerl_value", micro_batch_views=3)
-    algorithm: Algorithm[Any] = recipe.algorithm.build()
-    samples = _samples_for(algorithm, family)
+    algorithm, samples = recipe.algorithm.build(), _samples(family)
     engine = _engine(family, recipe)
     views = algorithm.corrupt(samples, Key(0))
     samples = _judged(engine, algorithm, views, samples)
