@@ -7,9 +7,9 @@ from typing import Any
 
 from dare.algorithms.base import Algorithm
 from dare.core.checks import check, check_attention
+from dare.core.engine import Engine
 from dare.core.errors import DareError
 from dare.core.recipe import Recipe
-from dare.core.registry import resolve
 from dare.data.read import Tally
 from dare.families.build import family_spec
 from dare.families.tokenizer import char_tokenizer, load_tokenizer
@@ -41,8 +41,9 @@ def train(recipe: Recipe, run_dir: Path, reporter: Reporter, *, is_resumed: bool
     open_stream = STREAMS[algorithm.row_kind]
     examples = open_stream(sources, recipe, tokenizer, spec, tally) if sources else None
     is_reference_held = algorithm.needs_reference and recipe.reference.mode == "live"
-    executor = resolve("executors", recipe.executor)
-    engine = executor.create(recipe, tokenizer, needs_reference=is_reference_held, critic_lr=algorithm.critic_lr)
+    engine: Engine = recipe.executor.build().create(
+        recipe, tokenizer, needs_reference=is_reference_held, critic_lr=algorithm.critic_lr
+    )
     session = Session(recipe, run_dir, reporter, is_resumed=is_resumed)
     for warning in [*warnings, *tally.warnings()]:
         reporter.message(f"warning: {warning}")
@@ -63,6 +64,8 @@ def train(recipe: Recipe, run_dir: Path, reporter: Reporter, *, is_resumed: bool
     except Exception as error:
         session.close("failed", error=str(error))
         raise
+    finally:
+        engine.close()
     return session.close("finished", checkpoint=resolve_model_path(str(run_dir)))
 
 
