@@ -31,7 +31,8 @@ from dare.training.checkpoint import TrainerState, list_checkpoints, read_state,
 from dare.training.trackers import Tracker, build_trackers
 
 _LOGS = ("metrics", "timing", "eval", "samples")
-_MAY_CHANGE = (("executor",), ("log",), ("checkpoint",), ("train", "steps"), ("train", "micro_batch_views"))
+_FREE_IN_TRAIN = ("steps", "micro_batch_views", "pack_length")
+_MAY_CHANGE = (("executor",), ("log",), ("checkpoint",), *(("train", key) for key in _FREE_IN_TRAIN))
 
 
 class Reporter(Protocol):
