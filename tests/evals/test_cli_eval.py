@@ -28,7 +28,8 @@ def test_benchmarks_run_compare_and_tabulate(ascii_checkpoints: dict[str, Path],
     printed = dare("eval", "run", checkpoint, *words, "--json", "--out", tmp_path / "b", "--seed", 1)
     manifest = json.loads(printed.stdout)["gsm8k"]
     assert manifest["identity"]["num_documents"] == 3
-    assert manifest["facts"] == {"preset": "table"}
+    assert manifest["facts"]["preset"] == "table"
+    assert "gen_length" in manifest["facts"]["overridden"]
     compared = dare("eval", "compare", tmp_path / "a", tmp_path / "b")
     assert "settings.seed | 0 | 1" in compared.stdout
     table = dare("eval", "table", tmp_path / "a", tmp_path / "b")
