@@ -53,6 +53,8 @@ def test_shards_of_the_command_line(ascii_checkpoints: dict[str, Path], data: Pa
         (["--preset", "paper"], "unknown published model"),
         (["--preset", "paper", "--model", "SDAR-8B-Chat"], "another family"),
         (["--tasks", "gsm8k", "--shard", "2/2"], "a shard is NUMBER/COUNT"),
+        (["--tasks", "gsm8k", "--task", "countdown"], "--task is for a task"),
+        (["--task", "countdown", "--shard", "0/2"], "--shard is for benchmarks"),
         (["--tasks", "gsm8k", "steps=3"], "unknown key"),
         (["--tasks", "gsm8k", "task.shots=3"], "unknown key"),
         (["--tasks", "gsm8k", "gen_length=9000"], "longer than the model"),
