@@ -15,7 +15,6 @@ from dare.core.reward_recipe import GroupRecipe, RewardRecipe
 
 def check(recipe: Recipe) -> list[str]:
     """Warnings about doubtful settings. Raises DareError for settings that cannot work."""
-    check_name("executors", recipe.executor, where="executor")
     algorithm = recipe.algorithm.type
     if recipe.model.create is not None:
         family = recipe.model.create.family
