@@ -14,7 +14,6 @@ from dare.core.registry import FAMILIES, check_name
 
 def check(recipe: Recipe) -> list[str]:
     """Warnings about doubtful settings. Raises DareError for settings that cannot work."""
-    check_name("executors", recipe.executor, where="executor")
     algorithm = recipe.algorithm.type
     if recipe.model.create is not None:
         family = recipe.model.create.family
@@ -25,6 +24,7 @@ def check(recipe: Recipe) -> list[str]:
     warnings = _check_online(recipe, algorithm) if algorithm.kind == "online" else _check_offline(recipe)
     _check_blocks(recipe)
     _check_lora(recipe)
+    recipe.executor.build().check(recipe)
     if recipe.evaluation.num < 30 and recipe.task is not None:
         warnings.append(f"evaluation.num {recipe.evaluation.num} gives intervals too wide to compare anything")
     return warnings

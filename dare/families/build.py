@@ -13,10 +13,10 @@ from dare.core.rng import Key
 from dare.core.spec import FamilySpec
 from dare.families.adapter_files import is_adapter
 from dare.families.base import Family
-from dare.families.checkpoint import checkpoint_spec, describe_base, load_checkpoint
+from dare.families.checkpoint import base_folder, checkpoint_spec, describe_base, load_checkpoint
 from dare.families.layers.quantized import require_bitsandbytes
 from dare.families.lora import add_adapter, merge_adapter
-from dare.families.weights import create_family, load_family, resolve_checkpoint
+from dare.families.weights import create_family, load_family, outline_family, resolve_checkpoint
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -57,6 +57,13 @@ def family_spec(recipe: ModelRecipe, tokenizer: Any) -> FamilySpec:
     if recipe.path is not None:
         return checkpoint_spec(resolve_checkpoint(recipe.path))
     return _create(recipe.create, tokenizer, Key(0)).spec
+
+
+def outline(recipe: ModelRecipe, tokenizer: Any) -> Family:
+    """The family that `build_family` would return, without a checkpoint's weights: it lays canvases out."""
+    if recipe.path is not None:
+        return outline_family(base_folder(resolve_checkpoint(recipe.path)))
+    return _create(recipe.create, tokenizer, Key(0))
 
 
 def pick_device(name: str) -> torch.device:
