@@ -26,6 +26,7 @@ from dare.families.base import Family, Network
 from dare.families.build import build_family
 from dare.families.critic import Critic
 from dare.families.layers.moe import ExpertLoad
+from dare.families.predict import target_argmax
 from dare.families.weights import load_weights, save_family
 from dare.rollout.engine import denoise
 from dare.rollout.tree import grow_trees
@@ -179,7 +180,7 @@ class LocalEngine:
                 chosen, rows = _rows(views, canvas, part if len(part) else _FIRST)
                 hidden_RTD = self.family.view_hidden(chosen, rows, is_packed=self.is_packed)
                 if len(part):
-                    token_RS[part] = self.family.target_argmax(hidden_RTD, chosen).cpu()
+                    token_RS[part] = target_argmax(self.family, hidden_RTD, chosen).cpu()
         return token_RS
 
     def replay_parts(

@@ -26,6 +26,7 @@ from dare.diffusion.schedule import find_schedule, spread_time, stratum
 from dare.diffusion.supervised import Noise
 from dare.families.base import Family
 from dare.families.layers.moe import Experts
+from dare.families.predict import target_argmax
 from dare.objectives.entropy import entropy
 from tests.golden_checkpoints import load_golden
 
@@ -318,7 +319,7 @@ def test_llada2_with_confidence_from_the_checkpoint(name: str, monkeypatch: pyte
     family = load_golden("llada2_0")
     canvas = samples.canvas.rows(views.sample_R)
     with torch.no_grad():
-        token_RS = family.target_argmax(family.view_hidden(views, canvas), views)
+        token_RS = target_argmax(family, family.view_hidden(views, canvas), views)
     views = algorithm.with_predictions(views, samples, token_RS)
     assert torch.equal(views.is_target_RS & (token_RS == views.target_RS), tensors["correct"])
     hidden_RTD = family.view_hidden(views, canvas)
