@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -162,14 +161,16 @@ class LocalEngine:
         if is_reference and self.reference is None:
             raise ValueError("this engine was built without a reference policy")
         family = self.reference if is_reference and self.reference is not None else self.family
-        logp = partial(family.view_logp, is_packed=self.is_packed)
-        score = logp if role == "policy" else self._critic().view_value
         score_RS = torch.zeros(views.noisy_RS.shape)
         with torch.no_grad():
             for part in parts:
-                found = score(*_rows(views, canvas, part if len(part) else _FIRST)).cpu()
+                chosen, rows = _rows(views, canvas, part if len(part) else _FIRST)
+                if role == "policy":
+                    found = family.view_logp(chosen, rows, is_packed=self.is_packed)
+                else:
+                    found = self._critic().view_value(chosen, rows)
                 if len(part):
-                    score_RS[part] = found
+                    score_RS[part] = found.cpu()
         return score_RS
 
     def predict_parts(self, views: Views, canvas: Canvas, parts: list[Tensor]) -> Tensor:
