@@ -163,8 +163,6 @@ class LocalEngine:
         """
         score_RS = torch.zeros(views.noisy_RS.shape)
         with torch.no_grad(), self._policy(is_reference) as family:
-            logp = partial(family.view_logp, is_packed=self.is_packed)
-            score = logp if role == "policy" else self._critic().view_value
             for part in parts:
                 chosen, rows = _rows(views, canvas, part if len(part) else _FIRST)
                 if role == "policy":
