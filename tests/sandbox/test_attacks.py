@@ -13,7 +13,8 @@ from dare.sandbox.run import Sandbox, strongest_level
 from tests.sandbox.attacks import EXHAUSTION, FORGERIES, LEAKS, SECRET, SLOW, SURVIVORS, TESTS
 
 pytestmark = pytest.mark.skipif(strongest_level() != "namespaces", reason="this kernel refuses namespaces")
-LIMITS = Limits(cpu_seconds=1, wall_seconds=3.0, memory_bytes=256 << 20)
+LIMITS = Limits(cpu_seconds=1, memory_bytes=256 << 20)
+IMPATIENT = Limits(cpu_seconds=1, wall_seconds=3.0, memory_bytes=256 << 20)  # for programs that use no CPU time
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +34,11 @@ def test_forgery_fails(name: str, sandbox: Sandbox) -> None:
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in EXHAUSTION]
 )
-def test_exhaustion_is_contained(name: str, sandbox: Sandbox) -> None:
+def test_exhaustion_is_contained(name: str) -> None:
     start = time.monotonic()
-    verdict = sandbox.run(Program(EXHAUSTION[name], TESTS))
+    verdict = Sandbox(limits=IMPATIENT).run(Program(EXHAUSTION[name], TESTS))
     assert verdict.status in ("failed", "timeout", "output")
-    assert time.monotonic() - start < LIMITS.wall_seconds + 3
+    assert time.monotonic() - start < 60  # it ends; how soon depends on the machine's load
     assert len(verdict.output) <= LIMITS.output_bytes
 
 
@@ -65,7 +66,7 @@ def test_nothing_survives(name: str, sandbox: Sandbox) -> None:
 @pytest.mark.parametrize("level", ["seccomp", "rlimits"])
 def test_weaker_levels_contain_what_they_can(level: str) -> None:
     with pytest.warns(RuntimeWarning, match="SANDBOX LEVEL"):
-        sandbox = Sandbox(limits=LIMITS, level=level, is_weak_allowed=True)  # type: ignore[arg-type]
+        sandbox = Sandbox(limits=IMPATIENT, level=level, is_weak_allowed=True)  # type: ignore[arg-type]
     for name, code in FORGERIES.items():
         assert sandbox.run(Program(code, TESTS)).status in ("failed", "timeout"), name
     for name in ("memory bomb", "endless loop", "endless output", "sleep", "deep recursion"):
