@@ -16,11 +16,13 @@ from torch.nn import functional
 
 import dare
 from dare.core.checks import check
+from dare.core.engine import Engine
 from dare.core.errors import DareError
 from dare.core.lora_recipe import LoraRecipe
-from dare.core.recipe import parse_recipe
+from dare.core.recipe import Recipe, parse_recipe
 from dare.core.registry import ALGORITHMS, FAMILIES, resolve
 from dare.core.rng import Key
+from dare.executors.choices import Local
 from dare.executors.local import LocalEngine
 from dare.families.adapter_files import read_adapter
 from dare.families.base import Family
@@ -281,11 +283,16 @@ class Observed(LocalEngine):
         return super().step(role)
 
 
+class ObservedChoice(Local):
+    def create(self, recipe: Recipe, tokenizer: Any, *, needs_reference: bool, critic_lr: float | None) -> Engine:
+        return Observed.create(recipe, tokenizer, needs_reference=needs_reference, critic_lr=critic_lr)
+
+
 def recipe_of(algorithm: str, checkpoint: Path, **changes: Any) -> dict[str, Any]:
     online = resolve("algorithms", algorithm).kind == "online"
     return {
         "name": "lora",
-        "executor": f"{__name__}:Observed",
+        "executor": f"{__name__}:ObservedChoice",
         "model": {"path": str(checkpoint)},
         "lora": {"rank": 2},
         "algorithm": {"name": algorithm},
@@ -310,8 +317,14 @@ def test_every_algorithm_trains_the_adapter_alone(
 ) -> None:
     options = resolve("algorithms", algorithm).Config.model_fields
     data = recipe_of(algorithm, tiny_checkpoints[family_name])
-    if "beta" in options:
+    if "beta" in options and resolve("algorithms", algorithm).kind == "online":
         data["algorithm"]["beta"] = 0.05  # so that there is a reference
+    if "min_reward" in options:
+        data["algorithm"]["min_reward"] = 0.0
+    if resolve("algorithms", algorithm).row_kind != "completions":
+        pairs = [{"prompt": f"{n}=", "chosen": "24", "rejected": f"{n}7"} for n in range(10, 18)]
+        (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+        data["data"] = {"path": str(tmp_path / "pairs.jsonl")}
     Observed.engines.clear()
     summary = train(parse_recipe(data, where="test"), tmp_path / "run", NullReporter())
     (engine,) = Observed.engines
