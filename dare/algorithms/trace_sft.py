@@ -36,6 +36,7 @@ class TraceSFT(Algorithm[TraceSFTOptions]):
     Config = TraceSFTOptions
     kind: ClassVar[Literal["online", "offline"]] = "online"
     needs_step_map: ClassVar[bool] = True
+    compares_rewards: ClassVar[bool] = True  # with a bar
     is_linear = True
 
     def advantages(self, reward_B: Tensor, group_B: Tensor) -> Tensor:

@@ -197,7 +197,7 @@ def test_a_shaped_reward_is_what_is_trained(tiny_checkpoints: dict[str, Path], t
         assert shaped[0]["trained_reward"] > plain[0]["reward"]
         assert shaped[0]["reward"] == plain[0]["reward"]
         assert shaped[0]["grad_norm"] > 0
-    for name in ("mdpo", "dtreerpo", "tracerl_value"):
+    for name in ("mdpo", "dtreerpo", "tracerl_value", "trace_sft"):
         with pytest.raises(DareError, match="whole rewards"):
             check(tiny_recipe(model, {"name": name}, reward={**reward, "combine": "decoupled"}))
     shaped = metrics_of(tiny_recipe(model, {"name": "mdpo", "beta": 0.0}, reward=reward), tmp_path / "mdpo")
