@@ -138,6 +138,7 @@ def generate(
     is_chat: Annotated[bool, typer.Option("--chat", help="send text as a user message")] = False,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     is_traced: Annotated[bool, typer.Option("--trace", help="show the canvas filling, step by step")] = False,
+    save_trace: Annotated[Path | None, typer.Option(help="file for `dare view`: every step with its choices")] = None,
     is_json: Annotated[bool, typer.Option("--json", help="one JSON object per completion")] = False,
     device: Device = "auto",
     dtype: Dtype = "checkpoint",
@@ -151,6 +152,7 @@ def generate(
       dare generate runs/rl --prompt "3 5 7>22=" gen_length=16 --trace
       dare generate GSAI-ML/LLaDA-8B-Instruct --chat --prompt "Who are you?" gen_length=64 block_length=32
       dare generate runs/rl --file prompts.jsonl temperature=1.0 --seed 1 --json
+      dare generate runs/rl --prompt "3 5 7>22=" --save-trace trace.safetensors
     """
     from dare.terminal.settings import generation_options, read_prompts
 
@@ -164,10 +166,10 @@ def generate(
     spec = model.family.spec
     if is_traced:
         with CanvasView(token_text(model.tokenizer), spec.mask_id, spec.eos_ids) as view:
-            completions = model.generate(prompts, seed=seed, on_step=view.on_step, **decode)
+            completions = model.generate(prompts, seed=seed, on_step=view.on_step, trace_file=save_trace, **decode)
     else:
         with progress_bar("denoising") as on_progress:
-            completions = model.generate(prompts, seed=seed, on_progress=on_progress, **decode)
+            completions = model.generate(prompts, seed=seed, on_progress=on_progress, trace_file=save_trace, **decode)
     print_completions(prompts, completions, is_json=is_json)
 
 

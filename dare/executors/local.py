@@ -83,6 +83,7 @@ class LocalEngine:
         *,
         has_drafts: bool = False,
         branching: tuple[int, ...] = (),
+        num_alternatives: int = 0,
     ) -> TraceBatch:
         version = self.weights_version
         if branching:
@@ -104,6 +105,7 @@ class LocalEngine:
             sample_ids,
             weights_version=version,
             has_drafts=has_drafts,
+            num_alternatives=num_alternatives,
             on_progress=on_progress,
         )
 
