@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 from dare.cli_models import chat, convert
 from dare.cli_options import Checkpoint, DecodeOptions, Device, Dtype, Overrides, RecipeFile, load_model, token_text
+from dare.cli_seeing import view
 from dare.core.errors import DareError
 
 EXIT_USER_ERROR = 2
@@ -175,6 +176,7 @@ def generate(
 
 app.command(short_help="Talk to a model; its canvas streams.")(chat)
 app.command(short_help="Make a diffusion model of an autoregressive one.")(convert)
+app.command(short_help="Look at a trace: every step, and why.")(view)
 
 
 @app.command(short_help="Check recipes without running them.")

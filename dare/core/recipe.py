@@ -135,6 +135,7 @@ class CheckpointRecipe(Options):
 class LogRecipe(Options):
     every: int = Field(1, ge=1, description="steps between lines on the console")
     samples_every: int = Field(20, ge=1, description="steps between logged completions")
+    traces: int = Field(0, ge=0, description="held-out completions per evaluation kept for `dare view`, in traces/")
     tensorboard: bool = Field(False, description="needs the extra dare-dllm[tensorboard]")
     wandb_project: str | None = Field(None, description="needs the extra dare-dllm[wandb]")
 

@@ -154,7 +154,7 @@ def is_first_forced(cache: str, *, is_shifted: bool) -> bool:
 def rule_in_words(decode: Decode) -> str:
     """What the unmask policy commits, with the options filled in and "{quota}" left open."""
     if decode.remask != "none":
-        return "the {quota} of highest score stay, of new candidates and tokens that the block holds"
+        return "the {quota} of highest score stay, of new candidates and of tokens that the block holds"
     return find_policy(decode.unmask).words.format(
         quota="{quota}",
         threshold=_THRESHOLD if decode.threshold is None else decode.threshold,
@@ -240,19 +240,19 @@ class Policy(NamedTuple):
     words: str
 
 
-_RANKED = "the {quota} of highest score are due"
+_RANKED = "the schedule asks for {quota}, highest score first"
 POLICIES: dict[str, Policy] = {
     "low_confidence": Policy("confidence", _top_quota, _RANKED),
     "max_prob": Policy("max_prob", _top_quota, _RANKED),
     "entropy": Policy("negative_entropy", _top_quota, _RANKED),
     "margin": Policy("margin", _top_quota, _RANKED),
-    "random": Policy("uniform", _top_quota, "{quota} random ones are due"),
-    "left_to_right": Policy("none", _top_quota, "the {quota} leftmost are due"),
+    "random": Policy("uniform", _top_quota, "the schedule asks for {quota}, at random"),
+    "left_to_right": Policy("none", _top_quota, "the schedule asks for {quota}, from left to right"),
     "independent": Policy("uniform", _on_its_own, "each is revealed with the probability that the schedule asks for"),
     "capped_threshold": Policy(
         "confidence",
         _above_threshold_when_due,
-        "of the {quota} of highest score those above {threshold}, and at least the first",
+        "the schedule asks for {quota}, highest score first; of these those above {threshold}, and at least the first",
     ),
     "threshold": Policy(
         "confidence", _above_threshold, "all above {threshold}, and at least the {min_commit} of highest score"

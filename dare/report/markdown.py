@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 
 from dare.report.comparison import Comparison
-from dare.report.page import COLUMNS, points
+from dare.report.page import COLUMNS
 from dare.report.run_data import RunData
 from dare.report.samples import pairs
+from dare.report.templating import points
 from dare.terminal.text import number, percent, shorten, visible
 
 _NUM_PAIRS = 5

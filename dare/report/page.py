@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from dare.report.comparison import Comparison, Row
 from dare.report.curves import charts
 from dare.report.drawing import Drawing, draw
 from dare.report.run_data import RunData
 from dare.report.samples import NUM_SHADES, orders, pairs
+from dare.report.templating import environment
 from dare.terminal.metrics import time_split
-from dare.terminal.text import duration, number, percent, rate, visible
+from dare.terminal.text import duration, percent, rate
 
 NUM_PAIRS = 10
 NUM_ORDERS = 4
@@ -40,31 +39,23 @@ def render(stages: list[RunData], comparison: Comparison) -> str:
     """The page of the last stage, with the earlier ones before it."""
     run = stages[-1]
     shown = pairs(run.samples, NUM_PAIRS)
-    environment = Environment(
-        loader=PackageLoader("dare.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        keep_trailing_newline=True,
+    return (
+        environment()
+        .get_template("page.html.j2")
+        .render(
+            run=run,
+            facts=_facts(run),
+            comparison=comparison,
+            columns=COLUMNS,
+            stages=[Stage(stage, [draw(chart) for chart in charts(stage)], cost(stage)) for stage in stages],
+            pairs=shown,
+            has_before=any(pair.before for pair in shown),
+            samples_note=_samples_note(run, len(shown)),
+            orders=orders(run.samples, NUM_ORDERS),
+            num_shades=NUM_SHADES,
+            origin=_origin(run),
+        )
     )
-    environment.filters.update(percent=percent, number=number, points=points, visible=visible)
-    return environment.get_template("page.html.j2").render(
-        run=run,
-        facts=_facts(run),
-        comparison=comparison,
-        columns=COLUMNS,
-        stages=[Stage(stage, [draw(chart) for chart in charts(stage)], cost(stage)) for stage in stages],
-        pairs=shown,
-        has_before=any(pair.before for pair in shown),
-        samples_note=_samples_note(run, len(shown)),
-        orders=orders(run.samples, NUM_ORDERS),
-        num_shades=NUM_SHADES,
-        origin=_origin(run),
-    )
-
-
-def points(share: float) -> str:
-    """A difference of shares in percentage points, with its sign."""
-    return f"{100 * share:+.1f}".replace("-", "−")
 
 
 def _column(name: str, style: Callable[[float], str]) -> Callable[[Row], str]:

@@ -9,6 +9,7 @@ occurs.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -186,5 +187,7 @@ def _check(path: Path, arrays: Mapping[str, np.ndarray], info: Mapping[str, Any]
         limit = {"row": shape[0], "position": shape[1]}.get(name.rpartition("_")[0])
         if limit is not None and len(array) and not 0 <= int(array.min()) <= int(array.max()) < limit:
             raise DareError("the trace is malformed", where=where, got=f"{name} outside 0..{limit - 1}")
+        if array.dtype.kind == "f" and not bool((abs(array) < math.inf).all()):
+            raise DareError("the trace is malformed", where=where, got=f"{name} is not finite")
     if not isinstance(info.get("mask_id"), int):
         raise DareError("the trace is malformed", where=where, got="no mask_id in its metadata")
