@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 
 from dare.cli_models import chat, convert
 from dare.cli_options import Checkpoint, DecodeOptions, Device, Dtype, Overrides, RecipeFile, load_model, token_text
-from dare.cli_seeing import view
+from dare.cli_seeing import view, watch
 from dare.core.errors import DareError
 
 EXIT_USER_ERROR = 2
@@ -177,6 +177,7 @@ def generate(
 app.command(short_help="Talk to a model; its canvas streams.")(chat)
 app.command(short_help="Make a diffusion model of an autoregressive one.")(convert)
 app.command(short_help="Look at a trace: every step, and why.")(view)
+app.command(short_help="Serve the report of a run, live while it trains.")(watch)
 
 
 @app.command(short_help="Check recipes without running them.")
@@ -283,8 +284,14 @@ def report(
     *,
     out: Annotated[Path | None, typer.Option(help="folder to write; default: RUN_DIR/report")] = None,
     baseline: Annotated[Path | None, typer.Option(help="run folder to compare with")] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="reference curve; default: the one shipped for the recipe")
+    ] = None,
 ) -> None:
     """Write a report of a run, finished or not: one HTML page, curves as PNG and SVG, a table in Markdown.
+
+    The page says in plain words what stands out, shows every recorded sample with the order of its tokens, and holds
+    the run against the reference curve of its recipe, if one is shipped.
 
     \b
     Example:
@@ -292,7 +299,7 @@ def report(
     """
     from dare.report.build import build_report
 
-    typer.echo(build_report(run_dir, out or run_dir / "report", baseline) / "index.html")
+    typer.echo(build_report(run_dir, out or run_dir / "report", baseline, reference) / "index.html")
 
 
 def _to_json(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""The verb `dare view`; its body imports what it needs."""
+"""The verbs `dare view` and `dare watch`; their bodies import what they need."""
 
 from __future__ import annotations
 
@@ -52,3 +52,29 @@ def view(
         shown.play()
     else:
         shown.interact(read_keys())
+
+
+def watch(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="a run folder", show_default=False)],
+    *,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8765,
+    baseline: Annotated[Path | None, typer.Option(help="run folder to compare with")] = None,
+) -> None:
+    """Watch a run: its report page on http://127.0.0.1, live while it trains. Ctrl-C ends it.
+
+    \b
+    Example:
+      dare watch runs/rl
+    """
+    from dare.report.watch import make_server
+
+    if baseline is not None and not baseline.is_dir():
+        raise DareError("not a run folder", where=str(baseline))
+    server = make_server(run_dir, port, baseline)
+    typer.echo(f"http://127.0.0.1:{server.server_address[1]}/  (Ctrl-C ends it)")
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        typer.echo("ended")
+    finally:
+        server.server_close()

@@ -167,18 +167,23 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
     Raises DareError naming the file and the key of every problem.
     """
-    path = Path(path)
-    data = _read(path)
-    parent = data.pop("base", None)
-    if parent is not None:
-        parent_path = path.parent / str(parent)
-        base = _read(parent_path)
-        if "base" in base:
-            raise DareError("a base recipe cannot have a base itself", where=str(parent_path), fix="merge the two")
-        data = _merge(base, data)
+    data = read_recipe(Path(path))
     for override in overrides:
         _apply(data, override)
     return parse_recipe(data, where=str(path))
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The plain data of a recipe file, merged with its parent, not yet validated. Raises DareError for a bad file."""
+    data = _read(path)
+    parent = data.pop("base", None)
+    if parent is None:
+        return data
+    parent_path = path.parent / str(parent)
+    base = _read(parent_path)
+    if "base" in base:
+        raise DareError("a base recipe cannot have a base itself", where=str(parent_path), fix="merge the two")
+    return merge(base, data)
 
 
 def parse_recipe(data: dict[str, Any], *, where: str) -> Recipe:
@@ -206,7 +211,7 @@ def _read(path: Path) -> dict[str, Any]:
     return data
 
 
-def _merge(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
+def merge(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
     """Deep merge; a plug-in with another name replaces its parent's options instead of mixing with them."""
     merged = dict(parent)
     for key, value in child.items():
@@ -215,7 +220,7 @@ def _merge(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
             isinstance(value, dict) and isinstance(old, dict) and value.get("name") not in (None, old.get("name"))
         )
         if isinstance(value, dict) and isinstance(old, dict) and not is_other_plugin:
-            merged[key] = _merge(old, value)
+            merged[key] = merge(old, value)
         else:
             merged[key] = value
     return merged

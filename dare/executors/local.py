@@ -55,6 +55,7 @@ class LocalEngine:
             self.critic.family.network.eval()
         self.weights_version = 0
         self.load_of_step = ExpertLoad()
+        self.num_view_forwards = 0
         self.family.network.eval()  # dropout off: both passes of an update must be the same function
 
     @classmethod
@@ -151,7 +152,8 @@ class LocalEngine:
     def step(self, role: Role = "policy") -> dict[str, float]:
         if role == "policy":
             load, self.load_of_step = self.load_of_step, ExpertLoad()
-            return {**self.optimizer.step(), **load.metrics()}
+            num_forwards, self.num_view_forwards = self.num_view_forwards, 0
+            return {**self.optimizer.step(), **load.metrics(), "view_forwards": float(num_forwards)}
         self._critic()
         return self.critic_optimizer.step()
 
@@ -200,6 +202,7 @@ class LocalEngine:
         return [value_A.sum()]
 
     def _micro_batches(self, rows: Tensor) -> list[Tensor]:
+        self.num_view_forwards += len(rows)
         return list(torch.split(rows, self.micro_batch_views)) if len(rows) else []
 
 

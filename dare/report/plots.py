@@ -9,6 +9,7 @@ from typing import Any
 from dare.report.curves import Chart
 
 _COLOURS = ("#0068a8", "#c04a00")
+_REFERENCE = "#007a5a"
 _NUM_COLUMNS = 3
 
 
@@ -36,7 +37,7 @@ def save_plots(charts: list[Chart], title: str, directory: Path) -> None:
 def _plot(axes: Any, chart: Chart) -> None:
     scale = 100.0 if chart.unit == "percent" else 1.0
     for index, series in enumerate(chart.series):
-        colour = _COLOURS[min(index, 1)]
+        colour = _REFERENCE if series.tone == "c" else _COLOURS[min(index, 1)]
         values = [scale * value for value in series.values]
         marker = "o" if series.is_points or len(values) == 1 else None
         axes.plot(series.steps, values, color=colour, marker=marker, markersize=4, linewidth=1.3, label=series.label)

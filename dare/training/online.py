@@ -194,5 +194,7 @@ def _show_samples(session: Session, step: int, scored: list[Scored], tokenizer: 
 
 
 def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
-    """Means over inner iterations."""
-    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+    """Means over inner iterations, each over those that have the metric."""
+    names = {name: None for row in rows for name in row}  # in order
+    found = {name: [row[name] for row in rows if name in row] for name in names}
+    return {name: sum(values) / len(values) for name, values in found.items()}
