@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from dare.cli_compare import compare
 from dare.cli_models import chat, convert
 from dare.cli_options import Checkpoint, DecodeOptions, Device, Dtype, Overrides, RecipeFile, load_model, token_text
 from dare.cli_seeing import view, watch
@@ -176,6 +177,7 @@ def generate(
 
 app.command(short_help="Talk to a model; its canvas streams.")(chat)
 app.command(short_help="Make a diffusion model of an autoregressive one.")(convert)
+app.command(short_help="Compare algorithms under one budget.")(compare)
 app.command(short_help="Look at a trace: every step, and why.")(view)
 app.command(short_help="Serve the report of a run, live while it trains.")(watch)
 

@@ -31,6 +31,7 @@ class Chart:
     unit: Unit
     series: list[Series]
     note: str = ""
+    x_name: str = "step"  # what the numbers in `Series.steps` count
 
 
 # (title, unit, training metrics with their labels, evaluation metric)

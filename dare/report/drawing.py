@@ -70,7 +70,7 @@ def draw(chart: Chart) -> Drawing:
         latest=label(_own(chart).values[-1], chart.unit),
         x_ticks=[Tick(x(value), label(value, "number")) for value in ticks(x.low, x.high, 5) if value == round(value)],
         y_ticks=[Tick(y(value), label(value, chart.unit)) for value in ticks(low, high, 4)],
-        strokes=[_stroke(series, x, y, chart.unit, index) for index, series in enumerate(chart.series)],
+        strokes=[_stroke(series, x, y, chart, index) for index, series in enumerate(chart.series)],
     )
 
 
@@ -115,14 +115,15 @@ def _spread(low: float, high: float) -> tuple[float, float]:
     return low - half, high + half
 
 
-def _stroke(series: Series, x: _Scale, y: _Scale, unit: Unit, index: int) -> Stroke:
+def _stroke(series: Series, x: _Scale, y: _Scale, chart: Chart, index: int) -> Stroke:
     xs, ys = [x(step) for step in series.steps], [y(value) for value in series.values]
     band = ""
     if series.low is not None and series.high is not None and len(xs) > 1:
         upper = list(zip(xs, (y(value) for value in series.high), strict=True))
         lower = list(zip(xs, (y(value) for value in series.low), strict=True))
         band = _path(upper + lower[::-1]) + "Z"
-    hover = [f"step {step:g}: {label(value, unit)}" for step, value in zip(series.steps, series.values, strict=True)]
+    pairs = zip(series.steps, series.values, strict=True)
+    hover = [f"{chart.x_name} {step:g}: {label(value, chart.unit)}" for step, value in pairs]
     is_dotted = series.is_points or len(xs) == 1
     points = list(zip(xs, ys, hover, strict=True)) if is_dotted else []
     tone = series.tone or ("b" if index > 0 or series.is_points else "a")
