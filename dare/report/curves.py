@@ -45,7 +45,7 @@ _CHARTS: tuple[tuple[str, Unit, tuple[tuple[str, str], ...], str | None], ...] =
     ("Completion length, tokens", "number", (("completion_length", "rollouts"),), "completion_length"),
     ("EOS and truncation", "percent", (("eos_rate", "ends with EOS"), ("truncation_rate", "truncated")), None),
     ("Groups with equal rewards", "percent", (("zero_variance_groups", "share of groups"),), None),
-    ("Variety: negative log-prob at commit, nats", "number", (("commit_nll", "per token"),), None),
+    ("Negative log-prob at commit", "number", (("commit_nll", "nats per token"),), None),
     ("Clipped ratios", "percent", (("clip_fraction", "share"),), None),
     ("Tokens per forward", "number", (("tokens_per_forward", "rollouts"),), "tokens_per_forward"),
 )
@@ -89,7 +89,7 @@ def _held_out(evaluations: list[Record], name: str) -> Series:
 def _reference(evaluations: list[Record], name: str) -> Series:
     chosen = [record for record in evaluations if _is_finite(record.get(name))]
     steps, values = [float(r["step"]) for r in chosen], [float(r[name]) for r in chosen]
-    return Series("shipped reference", steps, values, tone="c")
+    return Series("reference", steps, values, tone="c")
 
 
 def _note(records: list[Record], names: list[str]) -> str:

@@ -126,15 +126,15 @@ def equal_groups(run: RunData) -> Finding | None:
 
 def entropy_loss(run: RunData) -> Finding | None:
     """The sampler has hardly any choice left."""
-    nll = trend(run, "commit_nll")
-    if nll.late > 0.02 and not (nll.early > 0.05 and nll.late < nll.early / 4):
+    nll, solved = trend(run, "commit_nll"), trend(run, "solve_rate")
+    is_falling = nll.early > 0.05 and nll.late < nll.early / 4 and solved.change < 0.05
+    if nll.late > 0.02 and not is_falling:
         return None
-    solved = trend(run, "solve_rate").late
     return Finding(
-        "note" if solved > 0.8 else "problem",
+        "note" if solved.late > 0.8 else "problem",
         "The policy has lost its variety",
-        f"negative log-prob of sampled tokens {nll.words()} nats per token; below 0.02, or a fall to a quarter, is "
-        "reported",
+        f"negative log-prob of sampled tokens {nll.words()} nats per token; below 0.02 is reported, and a fall to a "
+        "quarter that solves no more",
         "Lower optimizer.lr, add a KL term (beta), or raise decode.temperature.",
     )
 

@@ -14,6 +14,8 @@ from dare.studies.study import Plan
 from dare.studies.summary import Row, Table, overall
 from dare.terminal.text import duration, percent
 
+_MIN_PAIRS = 3
+
 
 @dataclass(frozen=True)
 class View:
@@ -40,8 +42,7 @@ def render_study(
         views=[View(table, [draw(chart) for chart in study_charts(table, study.budget.unit)]) for table in tables],
         ranking=overall(tables),
         unit=study.budget.unit,
-        tuned=_listed(["the algorithm", *study.tuned]),
-        least_p=2.0 / 2 ** len(study.seeds),
+        tuned=_listed(["the algorithm with its options", *study.tuned]),
         origin_words=_origin_words(origin),
         recipes=_recipes(results),
     )
@@ -73,21 +74,26 @@ def headlines(table: Table, baseline: str) -> list[str]:
         f"({percent(best.solve_rate.low)} to {percent(best.solve_rate.high)}{start})."
     ]
     for row in table.rows:
-        if row.comparison is not None and row.comparison.p <= 0.05:
+        if row.comparison is not None and _is_significant(row):
             word = "more" if row.comparison.solve_rate.mean > 0 else "less"
             lines.append(
                 f"{row.algorithm} solves {word} than {baseline}: {points(row.comparison.solve_rate.mean)} points, "
                 f"p = {row.comparison.p:.3g}."
             )
-    if len(table.rows) > 1 and not any(row.comparison is not None and row.comparison.p <= 0.05 for row in table.rows):
+    if len(table.rows) > 1 and not any(map(_is_significant, table.rows)):
         lines.append(f"No difference from {baseline} is significant at 5% with these seeds.")
     fallen = [row.algorithm for row in table.rows if table.start is not None and row.solve_rate.high < table.start]
     if fallen:
-        lines.append(f"Worse than the start checkpoint: {_listed(fallen)}.")
+        lines.append(f"Below the start checkpoint, interval and all: {_listed(fallen)}.")
     hidden = [row.algorithm for row in table.rows if _hides_failure(row)]
     if hidden:
         lines.append(f"The reward rose while the solve rate did not: {_listed(hidden)}.")
     return lines
+
+
+def _is_significant(row: Row) -> bool:
+    """At 5 %, adjusted, and with enough seeds for that to mean something."""
+    return row.comparison is not None and row.comparison.num_pairs >= _MIN_PAIRS and row.comparison.p <= 0.05
 
 
 def _hides_failure(row: Row) -> bool:

@@ -36,8 +36,9 @@ def bootstrap(values: Sequence[float]) -> Estimate:
 
     The plain percentile bootstrap is too narrow for few values; the expanded one takes more extreme percentiles, so
     that it is as wide as a t-interval for normal data. It never leaves the range of the values: with up to three of
-    them it is that range, and covers less than 95 %. For paired samples pass the differences. Up to six values every
-    resample is counted, above that 20000 keyed ones. Raises ValueError for no value.
+    them it is that range, which covers far less than 95 %; for normal data it covers 89 % with four values, 91 % with
+    five, 94 % from six on (measured). For paired samples pass the differences. Up to six values every resample is
+    counted, above that 20000 keyed ones. Raises ValueError for no value.
     """
     num = len(values)
     if num == 0:
@@ -47,9 +48,35 @@ def bootstrap(values: Sequence[float]) -> Estimate:
         return Estimate(mean, mean, mean)
     quantile = _T975[num - 2] if num - 2 < len(_T975) else _T975_LIMIT
     tail = 0.5 * math.erfc(math.sqrt(num / (num - 1)) * quantile / math.sqrt(2.0))
-    means = sorted(_resampled_means(values))
+    means = _resampled_means(values)
     last = len(means) - 1
-    return Estimate(mean, means[math.floor(tail * last)], means[math.ceil((1.0 - tail) * last)])
+    return Estimate(mean, float(means[math.floor(tail * last)]), float(means[math.ceil((1.0 - tail) * last)]))
+
+
+def paired_t(differences: Sequence[float]) -> float:
+    """Two-sided p-value of the paired t-test that the mean difference is zero; 1 with fewer than two pairs.
+
+    Exact for normal differences. The tail is the closed form for whole degrees of freedom (Abramowitz and Stegun,
+    26.7.3 and 26.7.4).
+    """
+    num = len(differences)
+    if num < 2:
+        return 1.0
+    mean = sum(differences) / num
+    variance = sum((value - mean) ** 2 for value in differences) / (num - 1)
+    if variance <= 1e-24 * mean * mean or mean == 0.0:
+        return 1.0 if mean == 0.0 else 0.0
+    freedom = num - 1
+    theta = math.atan(abs(mean) / math.sqrt(variance / num) / math.sqrt(freedom))
+    cosine, is_odd = math.cos(theta), freedom % 2
+    term = total = cosine if is_odd else 1.0
+    for index in range(3 if is_odd else 2, freedom - 1, 2):
+        term *= cosine * cosine * (index - 1) / index
+        total += term
+    if not is_odd:
+        return 1.0 - math.sin(theta) * total
+    inner = 0.0 if freedom == 1 else math.sin(theta) * total
+    return 1.0 - 2.0 / math.pi * (theta + inner)
 
 
 def sign_flip(differences: Sequence[float]) -> float:
@@ -88,15 +115,17 @@ def ranks(values: Sequence[float]) -> list[float]:
     ]
 
 
-def _resampled_means(values: Sequence[float]) -> list[float]:
+def _resampled_means(values: Sequence[float]) -> np.ndarray:
+    """Means of resamples with replacement, in ascending order."""
     import numpy as np
 
     num, array = len(values), np.asarray(values, dtype=np.float64)
     if num <= _MAX_EXACT:
-        index = np.array(list(itertools.product(range(num), repeat=num)))
+        index = np.indices((num,) * num).reshape(num, -1).T
     else:
         index = _generator("bootstrap", num).integers(num, size=(_NUM_RESAMPLES, num))
-    return [float(mean) for mean in array[index].mean(-1)]
+    found: np.ndarray = np.sort(array[index].mean(-1))
+    return found
 
 
 def _generator(name: str, num: int) -> np.random.Generator:

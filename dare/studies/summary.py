@@ -7,19 +7,25 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from dare.studies.results import Costs, Missing, Result
-from dare.studies.statistics import Estimate, bootstrap, holm, ranks, sign_flip
+from dare.studies.statistics import Estimate, bootstrap, holm, paired_t, ranks, sign_flip
 from dare.studies.study import Panel, Plan
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """An algorithm minus the baseline over the seeds that both have. `p` is Holm-adjusted within the panel."""
+    """An algorithm minus the baseline over the seeds that both have.
+
+    p_raw   of the paired t-test on solve rates
+    p       the same, Holm-adjusted within the panel
+    p_sign  of the sign-flip test, which assumes no distribution, unadjusted
+    """
 
     solve_rate: Estimate
     reward: Estimate
     num_pairs: int
     p_raw: float
     p: float
+    p_sign: float
 
 
 @dataclass(frozen=True)
@@ -123,7 +129,7 @@ def _compare(by_name: dict[str, list[Result]], baseline: str) -> dict[str, Compa
         pairs = [(result.last, base[result.cell.seed]) for result in results if result.cell.seed in base]
         if name != baseline and pairs:
             differences[name] = [(a.solve_rate - b.solve_rate, a.reward - b.reward) for a, b in pairs]
-    raw = [sign_flip([solved for solved, _ in pairs]) for pairs in differences.values()]
+    raw = [paired_t([solved for solved, _ in pairs]) for pairs in differences.values()]
     return {
         name: Comparison(
             solve_rate=bootstrap([solved for solved, _ in pairs]),
@@ -131,6 +137,7 @@ def _compare(by_name: dict[str, list[Result]], baseline: str) -> dict[str, Compa
             num_pairs=len(pairs),
             p_raw=p_raw,
             p=p,
+            p_sign=sign_flip([solved for solved, _ in pairs]),
         )
         for (name, pairs), p_raw, p in zip(differences.items(), raw, holm(raw), strict=True)
     }

@@ -83,6 +83,7 @@ def _summary(row: Row) -> dict[str, Any]:
         found |= _flat("gain_over_baseline", row.comparison.solve_rate)
         found |= _flat("reward_over_baseline", row.comparison.reward)
         found |= {"num_pairs": row.comparison.num_pairs, "p_raw": row.comparison.p_raw, "p_holm": row.comparison.p}
+        found["p_sign_flip"] = row.comparison.p_sign
     return {**found, **asdict(row.costs)}
 
 

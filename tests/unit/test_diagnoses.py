@@ -52,7 +52,7 @@ def test_a_healthy_run_has_no_finding() -> None:
         ("The reward is not earned", {"solve_rate": lambda d: 0.3, "reward": lambda d: 0.4 + 0.3 * d}),
         ("Training has not helped", {"solve_rate": lambda d: 0.3, "reward": lambda d: 0.31}),
         ("Many groups teach nothing", {"zero_variance_groups": lambda d: 0.9 * d}),
-        ("The policy has lost its variety", {"commit_nll": lambda d: 0.5 * (1 - d) + 0.001}),
+        ("The policy has lost its variety", {"commit_nll": lambda d: 0.5 * (1 - d) ** 2 + 0.001}),
         ("Completions became much longer", {"completion_length": lambda d: 40 + 50 * d}),
         (
             "Completions became much shorter",
