@@ -93,7 +93,8 @@ def format_collapse(run: RunData) -> Finding | None:
 def standstill(run: RunData) -> Finding | None:
     """The sampled completions solve no more at the end than at the start."""
     solved = trend(run, "solve_rate")
-    if len(run.metrics) < 20 or solved.change > 0.01 or solved.early > 0.9:
+    is_early = run.num_steps is not None and run.last_step < run.num_steps / 2
+    if is_early or len(run.metrics) < 20 or solved.change > 0.01 or solved.early > 0.9:
         return None
     return Finding(
         "problem",
@@ -156,15 +157,15 @@ def length_drift(run: RunData) -> Finding | None:
 def early_eos(run: RunData) -> Finding | None:
     """Completions end before there is room for an answer."""
     length, solved = trend(run, "completion_length"), trend(run, "solve_rate")
-    allowed = run.recipe.get("decode", {}).get("gen_length")
-    if allowed is None or length.late > 0.25 * float(allowed) or solved.late > 0.5:
+    allowed = run.setting("decode", "gen_length")
+    if allowed is None or length.late > 0.25 * allowed or solved.late > 0.5:
         return None
     if length.late > 2.0 and length.change > -0.2 * length.early:
         return None
     return Finding(
         "problem",
         "Completions end too early",
-        f"{length.words()} tokens of {allowed} allowed, solve rate {solved.words(percent)}",
+        f"{length.words()} tokens of {allowed:g} allowed, solve rate {solved.words(percent)}",
         "Try decode.zero_eos_confidence=true or decode.forbid_eos=true, and check that EOS carries loss once in SFT.",
     )
 
@@ -185,12 +186,12 @@ def truncation(run: RunData) -> Finding | None:
 def clipping(run: RunData) -> Finding | None:
     """The clip of the policy ratio never acts, or acts nearly always."""
     values = [float(r["clip_fraction"]) for r in run.metrics if _is_finite(r.get("clip_fraction"))]
-    num_updates = int(run.recipe.get("train", {}).get("updates_per_rollout", 1))
+    num_updates = run.setting("train", "updates_per_rollout") or 1.0
     if max(values) == 0.0:
         if num_updates == 1:
             evidence = "each rollout is used for one update, so the ratio is 1 by construction"
             return Finding("note", "Clipping cannot act", evidence, "Set train.updates_per_rollout to reuse rollouts.")
-        evidence = f"no ratio left the clip range in {len(values)} steps of {num_updates} updates each"
+        evidence = f"no ratio left the clip range in {len(values)} steps of {num_updates:g} updates each"
         return Finding("note", "Clipping never acts", evidence, "The updates are small: optimizer.lr may be raised.")
     late = trend(run, "clip_fraction").late
     if late < 0.3:

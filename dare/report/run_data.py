@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,19 @@ _NEEDED: dict[str, dict[str, Any]] = {
         "low": _NUMBER,
         "high": _NUMBER,
     },
-    "samples": {"step": int, "uid": str, "prompt": str, "completion": str, "reward": _NUMBER, "parts": dict},
+    "samples": {
+        "step": int,
+        "uid": str,
+        "prompt": str,
+        "completion": str,
+        "reward": _NUMBER,
+        "parts": dict,
+        "is_solved": bool,
+    },
 }
+_TEXTS = ("task", "split", "uid", "prompt", "completion", "finish", "status", "name", "error")
+_LISTS = ("tokens", "step_map", "logp", "block")
+_MAPPINGS = ("decode", "parts", "versions", "machine")
 _SECTIONS = ("model", "algorithm", "task", "decode", "train", "optimizer", "evaluation", "checkpoint", "log", "data")
 
 
@@ -67,8 +79,13 @@ class RunData:
     @property
     def num_steps(self) -> int | None:
         """Steps the recipe asks for."""
-        steps = self.recipe.get("train", {}).get("steps")
-        return steps if isinstance(steps, int) else None
+        steps = self.setting("train", "steps")
+        return None if steps is None else int(steps)
+
+    def setting(self, section: str, key: str) -> float | None:
+        """A number of the recipe; None if it has none there."""
+        value = self.recipe.get(section, {}).get(key)
+        return float(value) if _is_number(value) else None
 
     @property
     def missing(self) -> list[str]:
@@ -144,8 +161,9 @@ def _read_log(path: Path, needed: dict[str, Any], unread: list[str]) -> list[Rec
         except ValueError:
             num_bad += 1
             continue
-        is_whole = isinstance(record, dict) and all(isinstance(record.get(key), kind) for key, kind in needed.items())
-        if is_whole:
+        # Metrics may be NaN: charts leave such steps out and say how many.
+        record = _understood(record, may_be_nan=path.stem == "metrics") if isinstance(record, dict) else {}
+        if all(isinstance(record.get(key), kind) for key, kind in needed.items()):
             records.append(record)
         else:
             num_bad += 1
@@ -153,6 +171,29 @@ def _read_log(path: Path, needed: dict[str, Any], unread: list[str]) -> list[Rec
         lines = "1 line" if num_bad == 1 else f"{num_bad} lines"
         unread.append(f"{lines} of {path.name} cannot be read (damaged, or of another version) and are left out")
     return records
+
+
+def _understood(record: Record, *, may_be_nan: bool = False) -> Record:
+    """What readers know how to show: texts, numbers and lists where they belong, and numbers under any other name."""
+    return {key: value for key, value in record.items() if _is_known(key, value, may_be_nan)}
+
+
+def _is_known(key: str, value: Any, may_be_nan: bool) -> bool:
+    if key in _TEXTS:
+        return isinstance(value, str)
+    if key in _LISTS:
+        kinds: Any = {"tokens": str, "logp": (*_NUMBER, type(None))}.get(key, int)
+        return isinstance(value, list) and all(isinstance(item, kinds) for item in value)
+    if key in _MAPPINGS:
+        is_numeric = key != "parts" or (isinstance(value, dict) and all(map(_is_number, value.values())))
+        return isinstance(value, dict) and is_numeric
+    if key == "is_solved":
+        return isinstance(value, bool)
+    return _is_number(value) or (may_be_nan and isinstance(value, float))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _read_info(path: Path, unread: list[str]) -> Record:
@@ -163,7 +204,7 @@ def _read_info(path: Path, unread: list[str]) -> Record:
     except ValueError:
         info = None
     if isinstance(info, dict):
-        return info
+        return _understood(info)
     unread.append("run.json cannot be read")
     return {}
 
