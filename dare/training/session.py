@@ -31,7 +31,14 @@ from dare.training.checkpoint import TrainerState, list_checkpoints, read_state,
 from dare.training.trackers import Tracker, build_trackers
 
 _LOGS = ("metrics", "timing", "eval", "samples")
-_MAY_CHANGE = (("executor",), ("log",), ("checkpoint",), ("train", "steps"), ("train", "micro_batch_views"))
+_MAY_CHANGE = (
+    ("executor",),
+    ("log",),
+    ("checkpoint",),
+    ("train", "steps"),
+    ("train", "micro_batch_views"),
+    ("train", "pack_length"),
+)
 
 
 class Reporter(Protocol):
@@ -147,7 +154,7 @@ class Session:
         return found[-1] if found else None
 
     def _write_status(self, status: str, **more: Any) -> None:
-        packages = {name: version(name) for name in ("dare-dllm", "torch", "transformers", "reasoning-gym")}
+        packages = {name: version(name) for name in ("dare-dllm", "torch", "transformers", "peft", "reasoning-gym")}
         machine = {"system": platform.platform(), "cpu_threads": torch.get_num_threads()}
         if torch.cuda.is_available():
             machine["gpu"] = torch.cuda.get_device_name()
