@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from dare.cli_compare import compare
 from dare.cli_data import data_app
 from dare.cli_eval import data_fetch, data_path, eval_app
 from dare.cli_export import export
@@ -23,6 +24,7 @@ from dare.cli_options import (
     load_model,
     token_text,
 )
+from dare.cli_seeing import view, watch
 from dare.core.errors import DareError
 
 EXIT_USER_ERROR = 2
@@ -109,6 +111,7 @@ def generate(
     is_chat: Annotated[bool, typer.Option("--chat", help="send text as a user message")] = False,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     is_traced: Annotated[bool, typer.Option("--trace", help="show the canvas filling, step by step")] = False,
+    save_trace: Annotated[Path | None, typer.Option(help="file for `dare view`: every step with its choices")] = None,
     is_json: Annotated[bool, typer.Option("--json", help="one JSON object per completion")] = False,
     base: Base = None,
     device: Device = "auto",
@@ -123,6 +126,7 @@ def generate(
       dare generate runs/rl --prompt "3 5 7>22=" gen_length=16 --trace
       dare generate GSAI-ML/LLaDA-8B-Instruct --chat --prompt "Who are you?" gen_length=64 block_length=32
       dare generate runs/rl --file prompts.jsonl temperature=1.0 --seed 1 --json
+      dare generate runs/rl --prompt "3 5 7>22=" --save-trace trace.safetensors
     """
     from dare.terminal.settings import generation_options, read_prompts
 
@@ -136,16 +140,19 @@ def generate(
     spec = model.family.spec
     if is_traced:
         with CanvasView(token_text(model.tokenizer), spec.mask_id, spec.eos_ids) as view:
-            completions = model.generate(prompts, seed=seed, on_step=view.on_step, **decode)
+            completions = model.generate(prompts, seed=seed, on_step=view.on_step, trace_file=save_trace, **decode)
     else:
         with progress_bar("denoising") as on_progress:
-            completions = model.generate(prompts, seed=seed, on_progress=on_progress, **decode)
+            completions = model.generate(prompts, seed=seed, on_progress=on_progress, trace_file=save_trace, **decode)
     print_completions(prompts, completions, is_json=is_json)
 
 
 app.command(short_help="Talk to a model; its canvas streams.")(chat)
 app.command(short_help="Make a diffusion model of an autoregressive one.")(convert)
 app.command(short_help="Merge an adapter, and write a model to publish.")(export)
+app.command(short_help="Compare algorithms under one budget.")(compare)
+app.command(short_help="Look at a trace: every step, and why.")(view)
+app.command(short_help="Serve the report of a run, live while it trains.")(watch)
 
 
 @app.command(short_help="Check recipes without running them.")
@@ -227,8 +234,14 @@ def report(
     *,
     out: Annotated[Path | None, typer.Option(help="folder to write; default: RUN_DIR/report")] = None,
     baseline: Annotated[Path | None, typer.Option(help="run folder to compare with")] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="reference curve; default: the one shipped for the recipe")
+    ] = None,
 ) -> None:
     """Write a report of a run, finished or not: one HTML page, curves as PNG and SVG, a table in Markdown.
+
+    The page says in plain words what stands out, shows every recorded sample with the order of its tokens, and holds
+    the run against the reference curve of its recipe, if one is shipped.
 
     \b
     Example:
@@ -236,7 +249,7 @@ def report(
     """
     from dare.report.build import build_report
 
-    typer.echo(build_report(run_dir, out or run_dir / "report", baseline) / "index.html")
+    typer.echo(build_report(run_dir, out or run_dir / "report", baseline, reference) / "index.html")
 
 
 def _fail(text: str) -> None:

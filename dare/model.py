@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from dare.evals.likelihood import log_likelihood
 from dare.families.base import Family
 from dare.families.checkpoint import load_checkpoint
 from dare.families.tokenizer import decode as decode_text
-from dare.families.tokenizer import encode_completion, encode_prompt, load_tokenizer
+from dare.families.tokenizer import encode_completion, encode_prompt, load_tokenizer, token_piece
 from dare.families.weights import resolve_checkpoint, save_family
 from dare.rollout.engine import denoise
+from dare.rollout.trace_file import NUM_ALTERNATIVES, save_trace
 from dare.training.checkpoint import resolve_model_path
 
 PromptLike = str | Sequence[int] | Sequence[Message]
@@ -87,11 +89,13 @@ class Model:
         seed: int = 0,
         on_step: Callable[[Any], None] | None = None,
         on_progress: Callable[[int, int], None] | None = None,
+        trace_file: str | Path | None = None,
         **decode: Any,
     ) -> list[Completion]:
         """One completion per prompt; options as in `dare.core.decode.Decode`.
 
-        prompts  token ids, text (encoded as it is) or chat messages (rendered with the checkpoint's template)
+        prompts     token ids, text (encoded as it is) or chat messages (rendered with the checkpoint's template)
+        trace_file  where to write the rollout for `dare view`, with what every step thought of its open positions
         A completion depends on (weights, its prompt, seed, options), not on the other prompts or their order;
         equal prompts in one call are numbered and differ at temperature > 0.
         Raises DareError for unknown options or a prompt that does not fit.
@@ -110,7 +114,20 @@ class Model:
             sample_ids.append(stable_id("prompt", *content, "copy", seen[content]))
             seen[content] += 1
         key = Key(seed).fold("generate")
-        trace = denoise(self.family, ids, options, key, sample_ids, on_step=on_step, on_progress=on_progress)
+        num_alternatives = NUM_ALTERNATIVES if trace_file is not None else 0
+        trace = denoise(
+            self.family,
+            ids,
+            options,
+            key,
+            sample_ids,
+            num_alternatives=num_alternatives,
+            on_step=on_step,
+            on_progress=on_progress,
+        )
+        if trace_file is not None:
+            piece = partial(token_piece, self.tokenizer)
+            save_trace(Path(trace_file), trace, spec=self.family.spec, decode=options, piece=piece)
         return [self._with_text(completion) for completion in to_completions(trace)]
 
     def log_likelihood(

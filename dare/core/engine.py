@@ -41,6 +41,7 @@ class Engine(Protocol):
         *,
         has_drafts: bool = False,
         branching: tuple[int, ...] = (),
+        num_alternatives: int = 0,
     ) -> TraceBatch:
         """One completion per row, with the weights of the last `publish`.
 
@@ -48,6 +49,8 @@ class Engine(Protocol):
         has_drafts   record every step's full prediction
         branching    grow trees with that many children per node at each level; adjacent rows of one prompt are the
                      leaves of a tree. () = independent completions
+        num_alternatives  record what every step thought of its open positions, with as many tokens for each, in
+                     `predictions`; 0 = do not. Not of trees
         """
         ...
 
@@ -76,8 +79,9 @@ class Engine(Protocol):
         ...
 
     def step(self, role: Role = "policy") -> dict[str, float]:
-        """One optimizer step on the role's accumulated gradient, which it clears: gradient norm, learning rate, and
-        how evenly the experts of a mixture were used since the policy's last step.
+        """One optimizer step on the role's accumulated gradient, which it clears: gradient norm, learning rate,
+        and since the policy's last step how evenly the experts of a mixture were used and `view_forwards`, the
+        views that were run forward to be scored or replayed.
 
         Raises NonFiniteError before anything is changed if the gradient is not finite.
         """

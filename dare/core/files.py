@@ -15,9 +15,14 @@ from dare.core.errors import DareError
 
 def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text` atomically."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace `path` by `content` atomically."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with temporary.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
@@ -112,9 +117,13 @@ class JsonLines:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a JSON-lines log; a last line that is still being written is ignored."""
+    return [json.loads(line) for line in complete_lines(path)]
+
+
+def complete_lines(path: Path) -> list[str]:
+    """The lines of a log that hold something and have ended; none if there is no log."""
     if not path.exists():
         return []
     text = path.read_text(encoding="utf-8", errors="replace")
     # Not splitlines(): a completion may hold other characters that end lines, which JSON leaves as they are.
-    complete = text[: text.rfind("\n") + 1].split("\n")
-    return [json.loads(line) for line in complete if line.strip()]
+    return [line for line in text[: text.rfind("\n") + 1].split("\n") if line.strip()]

@@ -153,6 +153,7 @@ class CheckpointRecipe(Options):
 class LogRecipe(Options):
     every: int = Field(1, ge=1, description="steps between lines on the console")
     samples_every: int = Field(20, ge=1, description="steps between logged completions")
+    traces: int = Field(0, ge=0, description="held-out completions per evaluation kept for `dare view`, in traces/")
     tensorboard: bool = Field(False, description="needs the extra dare-dllm[tensorboard]")
     wandb_project: str | None = Field(None, description="needs the extra dare-dllm[wandb]")
 
@@ -193,16 +194,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
     Raises DareError naming the file and the key of every problem.
     """
-    path = Path(path)
-    data = _read(path)
-    parent = data.pop("base", None)
-    if parent is not None:
-        parent_path = path.parent / str(parent)
-        base = _read(parent_path)
-        if "base" in base:
-            raise DareError("a base recipe cannot have a base itself", where=str(parent_path), fix="merge the two")
-        data = _merge(base, data)
-    return parse_recipe(with_overrides(data, overrides), where=str(path))
+    return parse_recipe(with_overrides(read_recipe(Path(path)), overrides), where=str(path))
 
 
 def with_overrides(data: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
@@ -210,6 +202,19 @@ def with_overrides(data: dict[str, Any], overrides: Iterable[str]) -> dict[str, 
     for override in overrides:
         _apply(data, override)
     return data
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The plain data of a recipe file, merged with its parent, not yet validated. Raises DareError for a bad file."""
+    data = _read(path)
+    parent = data.pop("base", None)
+    if parent is None:
+        return data
+    parent_path = path.parent / str(parent)
+    base = _read(parent_path)
+    if "base" in base:
+        raise DareError("a base recipe cannot have a base itself", where=str(parent_path), fix="merge the two")
+    return merge(base, data)
 
 
 def parse_recipe(data: dict[str, Any], *, where: str) -> Recipe:
@@ -237,7 +242,7 @@ def _read(path: Path) -> dict[str, Any]:
     return data
 
 
-def _merge(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
+def merge(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
     """Deep merge; a plug-in with another name replaces its parent's options instead of mixing with them."""
     merged = dict(parent)
     for key, value in child.items():
@@ -246,7 +251,7 @@ def _merge(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
             isinstance(value, dict) and isinstance(old, dict) and value.get("name") not in (None, old.get("name"))
         )
         if isinstance(value, dict) and isinstance(old, dict) and not is_other_plugin:
-            merged[key] = _merge(old, value)
+            merged[key] = merge(old, value)
         else:
             merged[key] = value
     return merged

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from dare.core.lazy import torch
+from dare.core.predictions import Predictions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -192,6 +193,7 @@ class TraceBatch:
     decode       the decode options as plain data
     drafts       every step's full prediction; only where asked for
     tree         the tree whose leaves the rows are; only of a branching rollout
+    predictions  what every step thought of its open positions; only where asked for
     """
 
     canvas: Canvas
@@ -209,6 +211,7 @@ class TraceBatch:
     edits: Edits | None = None
     drafts: Drafts | None = None
     tree: Tree | None = None
+    predictions: Predictions | None = None
 
     def __post_init__(self) -> None:
         shape = tuple(self.canvas.input_BS.shape)

@@ -74,6 +74,18 @@ def token_logp(logits_NV: Tensor, token_N: Tensor, temperature: float = 1.0) -> 
     return logits_NV.gather(-1, token_N[:, None])[:, 0] - logits_NV.logsumexp(-1)
 
 
+def most_probable(logits_NV: Tensor, forbidden_ids: Sequence[int], num: int) -> tuple[Tensor, Tensor]:
+    """int64 and float32 [N, A]: the `num` most probable tokens that may be produced, and their probabilities.
+
+    Probabilities are those of the whole distribution at temperature 1, forbidden tokens in the normaliser. A is smaller
+    than `num` only if the vocabulary is.
+    """
+    allowed_NV = without(logits_NV, forbidden_ids)
+    num_allowed = logits_NV.shape[-1] - len(set(forbidden_ids))
+    top = allowed_NV.topk(min(num, num_allowed))
+    return top.indices, (top.values - logits_NV.logsumexp(-1, keepdim=True)).exp()
+
+
 def score(name: ScoreName, logits_NV: Tensor, token_N: Tensor, mask_id: int) -> Tensor:
     """float32 [N]: what an unmask policy ranks positions by; the highest is committed first.
 

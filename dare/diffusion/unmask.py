@@ -137,6 +137,33 @@ def is_distribution_only(policy: str) -> bool:
     return find_policy(policy).score != "confidence"
 
 
+def has_quota(policy: str) -> bool:
+    """Whether the schedule says how many positions the policy commits."""
+    return "{quota}" in find_policy(policy).words
+
+
+def is_first_forced(cache: str, *, is_shifted: bool) -> bool:
+    """Whether the first step of a block commits its first position, whatever the policy says.
+
+    With an approximate cache, later steps read a block from its own positions only, and under a shift none of them
+    scores the first (Fast-dLLM for Dream).
+    """
+    return is_shifted and cache in ("prefix", "dual")
+
+
+def rule_in_words(decode: Decode) -> str:
+    """What the unmask policy commits, with the options filled in and "{quota}" left open."""
+    if decode.remask != "none":
+        return "the {quota} of highest score stay, of new candidates and of tokens that the block holds"
+    return find_policy(decode.unmask).words.format(
+        quota="{quota}",
+        threshold=_THRESHOLD if decode.threshold is None else decode.threshold,
+        min_commit=decode.min_commit or 1,
+        factor=decode.factor or _FACTOR,
+        entropy_bound=decode.entropy_bound or _ENTROPY_BOUND,
+    )
+
+
 def find_policy(name: str) -> Policy:
     """The row `name` of the table. Raises DareError for an unknown name."""
     if name not in POLICIES:
@@ -205,22 +232,39 @@ def _best(score_BK: Tensor, is_masked_BK: Tensor, num_B: Tensor) -> Tensor:
 class Policy(NamedTuple):
     """score  what positions are ranked by; "uniform" a keyed random number, "none" nothing: from left to right
     rule      (score_BK, is_masked_BK, due, decode) -> bool [B, K]
+    words     the rule, for people who look at a trace; "{quota}" stands for what is due, other names for the options
     """
 
     score: ScoreName | Literal["uniform", "none"]
     rule: Rule
+    words: str
 
 
+_RANKED = "the schedule asks for {quota}, highest score first"
 POLICIES: dict[str, Policy] = {
-    "low_confidence": Policy("confidence", _top_quota),
-    "max_prob": Policy("max_prob", _top_quota),
-    "entropy": Policy("negative_entropy", _top_quota),
-    "margin": Policy("margin", _top_quota),
-    "random": Policy("uniform", _top_quota),
-    "left_to_right": Policy("none", _top_quota),
-    "independent": Policy("uniform", _on_its_own),
-    "capped_threshold": Policy("confidence", _above_threshold_when_due),
-    "threshold": Policy("confidence", _above_threshold),
-    "factor": Policy("confidence", _by_factor),
-    "entropy_bound": Policy("negative_entropy", _by_entropy_bound),
+    "low_confidence": Policy("confidence", _top_quota, _RANKED),
+    "max_prob": Policy("max_prob", _top_quota, _RANKED),
+    "entropy": Policy("negative_entropy", _top_quota, _RANKED),
+    "margin": Policy("margin", _top_quota, _RANKED),
+    "random": Policy("uniform", _top_quota, "the schedule asks for {quota}, at random"),
+    "left_to_right": Policy("none", _top_quota, "the schedule asks for {quota}, from left to right"),
+    "independent": Policy("uniform", _on_its_own, "each is revealed with the probability that the schedule asks for"),
+    "capped_threshold": Policy(
+        "confidence",
+        _above_threshold_when_due,
+        "the schedule asks for {quota}, highest score first; of these those above {threshold}, and at least the first",
+    ),
+    "threshold": Policy(
+        "confidence", _above_threshold, "all above {threshold}, and at least the {min_commit} of highest score"
+    ),
+    "factor": Policy(
+        "confidence",
+        _by_factor,
+        "rank r passes while its score is at least 1 - {factor} / (r + 1); the first always does",
+    ),
+    "entropy_bound": Policy(
+        "negative_entropy",
+        _by_entropy_bound,
+        "the lowest entropies while their sum stays below {entropy_bound} nats, and at least one",
+    ),
 }

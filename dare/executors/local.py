@@ -70,6 +70,7 @@ class LocalEngine:
             self.critic.family.network.eval()
         self.weights_version = 0
         self.load_of_step = ExpertLoad()
+        self.num_view_forwards = 0
         self.family.network.eval()  # dropout off: both passes of an update must be the same function
 
     @classmethod
@@ -108,6 +109,7 @@ class LocalEngine:
         *,
         has_drafts: bool = False,
         branching: tuple[int, ...] = (),
+        num_alternatives: int = 0,
     ) -> TraceBatch:
         version = self.weights_version
         if branching:
@@ -129,6 +131,7 @@ class LocalEngine:
             sample_ids,
             weights_version=version,
             has_drafts=has_drafts,
+            num_alternatives=num_alternatives,
             on_progress=on_progress,
         )
 
@@ -218,7 +221,8 @@ class LocalEngine:
     def step(self, role: Role = "policy") -> dict[str, float]:
         if role == "policy":
             load, self.load_of_step = self.load_of_step, ExpertLoad()
-            return {**self.optimizer.step(), **load.metrics()}
+            num_forwards, self.num_view_forwards = self.num_view_forwards, 0
+            return {**self.optimizer.step(), **load.metrics(), "view_forwards": float(num_forwards)}
         self._critic()
         return self.critic_optimizer.step()
 
@@ -280,6 +284,7 @@ class LocalEngine:
 
     def _micro_batches(self, rows: Tensor, views: Views, samples: Samples) -> list[Tensor]:
         """The views `rows` in parts of one forward each: so many views, or packs of so many tokens."""
+        self.num_view_forwards += len(rows)
         if not len(rows):
             return []
         if self.pack_length is None:

@@ -143,6 +143,20 @@ def decode(tokenizer: Any, ids: Sequence[int], *, has_special: bool = False) -> 
     return text
 
 
+def token_piece(tokenizer: Any, token: int) -> str:
+    """The text of one token, special ones included; the tokenizer's own name for it where that is no whole text.
+
+    Without a tokenizer, and for ids that it does not know, the id.
+    """
+    if tokenizer is None:
+        return str(token)
+    text = decode(tokenizer, [token], has_special=True)
+    if text and "\ufffd" not in text:
+        return text
+    name = tokenizer.convert_ids_to_tokens(token)
+    return str(token) if name is None else str(name)
+
+
 def _check_characters(tokenizer: Any, text: str) -> None:
     """A character tokenizer has no token for the unknown: dropping or replacing characters would change the problem."""
     from tokenizers.models import WordLevel

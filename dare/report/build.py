@@ -6,23 +6,42 @@ from pathlib import Path
 
 from dare.core.errors import DareError
 from dare.core.files import whole_directory, write_text
-from dare.report.comparison import compare
+from dare.report.comparison import Comparison, compare
 from dare.report.curves import charts
 from dare.report.markdown import render_markdown
 from dare.report.page import render
 from dare.report.plots import save_plots
-from dare.report.run_data import earlier_stage, load_run
+from dare.report.reference import find_reference
+from dare.report.run_data import RunData, earlier_stage, load_run
 
 _FILES = ("index.html", "report.md", "curves.png", "curves.svg")
 
 
-def build_report(run_dir: Path, out: Path, baseline: Path | None = None) -> Path:
+def build_report(run_dir: Path, out: Path, baseline: Path | None = None, reference: Path | None = None) -> Path:
     """Write index.html (self-contained), report.md, curves.png and curves.svg to `out`, all or nothing; returns `out`.
 
     Works for a run that has not finished, and says what is missing. The baseline and the run that the model came
     from are shown as earlier stages. Raises DareError if a folder is no run, or if `out` holds anything else.
     """
     _require_report_folder(out)
+    stages, comparison = _load(run_dir, baseline)
+    run = stages[-1]
+    found = find_reference(run, reference)
+    with whole_directory(out) as temporary:
+        write_text(temporary / "index.html", render(stages, comparison, found))
+        write_text(temporary / "report.md", render_markdown(run, comparison))
+        save_plots(charts(run, found.evaluations if found is not None else None), run.name, temporary)
+    return out
+
+
+def live_page(run_dir: Path, baseline: Path | None = None, reference: Path | None = None) -> str:
+    """The same page as it is now, asking its server for changes. Errors as in `build_report`."""
+    stages, comparison = _load(run_dir, baseline)
+    return render(stages, comparison, find_reference(stages[-1], reference), is_live=True)
+
+
+def _load(run_dir: Path, baseline: Path | None) -> tuple[list[RunData], Comparison]:
+    """The run with its earlier stages before it, and what it is compared with."""
     run = load_run(run_dir)
     compared = load_run(baseline) if baseline is not None else None
     parent = earlier_stage(run)
@@ -31,12 +50,7 @@ def build_report(run_dir: Path, out: Path, baseline: Path | None = None) -> Path
         stages.insert(0, load_run(parent))
     if compared is not None:
         stages.insert(0, compared)
-    comparison = compare(run, compared)
-    with whole_directory(out) as temporary:
-        write_text(temporary / "index.html", render(stages, comparison))
-        write_text(temporary / "report.md", render_markdown(run, comparison))
-        save_plots(charts(run), run.name, temporary)
-    return out
+    return stages, compare(run, compared)
 
 
 def _require_report_folder(out: Path) -> None:

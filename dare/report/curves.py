@@ -22,6 +22,7 @@ class Series:
     low: list[float] | None = None
     high: list[float] | None = None
     is_points: bool = False
+    tone: str | None = None  # of `dare.report.drawing.Stroke`; None: by what the series is
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Chart:
     unit: Unit
     series: list[Series]
     note: str = ""
+    x_name: str = "step"  # what the numbers in `Series.steps` count
 
 
 # (title, unit, training metrics with their labels, evaluation metric)
@@ -43,20 +45,26 @@ _CHARTS: tuple[tuple[str, Unit, tuple[tuple[str, str], ...], str | None], ...] =
     ("Completion length, tokens", "number", (("completion_length", "rollouts"),), "completion_length"),
     ("EOS and truncation", "percent", (("eos_rate", "ends with EOS"), ("truncation_rate", "truncated")), None),
     ("Groups with equal rewards", "percent", (("zero_variance_groups", "share of groups"),), None),
+    ("Negative log-prob at commit", "number", (("commit_nll", "nats per token"),), None),
+    ("Clipped ratios", "percent", (("clip_fraction", "share"),), None),
     ("Groups that are trained on", "percent", (("kept_groups", "share of groups"),), None),
     ("Tokens per forward", "number", (("tokens_per_forward", "rollouts"),), "tokens_per_forward"),
 )
 
 
-def charts(run: RunData) -> list[Chart]:
-    """The charts that the run has data for, in a fixed order."""
+def charts(run: RunData, reference: list[Record] | None = None) -> list[Chart]:
+    """The charts that the run has data for, in a fixed order.
+
+    reference  evaluations of a shipped run of the same recipe, drawn beside the run's own
+    """
     found = []
     for title, unit, metrics, evaluation in _CHARTS:
         series = [_training(run.metrics, name, label) for name, label in metrics]
         if evaluation is not None:
             series.append(_held_out(run.evaluations, evaluation))
+            series.append(_reference(reference or [], evaluation))
         present = [item for item in series if item.values]
-        if present:
+        if any(item.tone is None for item in present):
             found.append(Chart(title, unit, present, _note(run.metrics, [name for name, _ in metrics])))
     return found
 
@@ -77,6 +85,12 @@ def _held_out(evaluations: list[Record], name: str) -> Series:
         return Series("held out", steps, values, is_points=True)
     low, high = [float(r["low"]) for r in chosen], [float(r["high"]) for r in chosen]
     return Series("held out, 95% interval", steps, values, low, high, is_points=True)
+
+
+def _reference(evaluations: list[Record], name: str) -> Series:
+    chosen = [record for record in evaluations if _is_finite(record.get(name))]
+    steps, values = [float(r["step"]) for r in chosen], [float(r[name]) for r in chosen]
+    return Series("reference", steps, values, tone="c")
 
 
 def _note(records: list[Record], names: list[str]) -> str:

@@ -21,7 +21,8 @@ class Tick:
 class Stroke:
     """One series: a path, the closed path of its band ("" if none), and point positions with their hover text.
 
-    tone  "a" for what training measures, "b" for held-out evaluations and for the second of two curves
+    tone  "a" for what training measures, "b" for held-out evaluations and for the second of two curves, "c" for what a
+          run is compared with, "quiet" for a background
     """
 
     label: str
@@ -35,7 +36,7 @@ class Stroke:
 class Drawing:
     title: str
     note: str
-    latest: str  # the last value of the last series
+    latest: str  # the last value of the last series of the run
     x_ticks: list[Tick]
     y_ticks: list[Tick]
     strokes: list[Stroke]
@@ -66,10 +67,10 @@ def draw(chart: Chart) -> Drawing:
     return Drawing(
         title=chart.title,
         note=chart.note,
-        latest=label(chart.series[-1].values[-1], chart.unit),
+        latest=label(_own(chart).values[-1], chart.unit),
         x_ticks=[Tick(x(value), label(value, "number")) for value in ticks(x.low, x.high, 5) if value == round(value)],
         y_ticks=[Tick(y(value), label(value, chart.unit)) for value in ticks(low, high, 4)],
-        strokes=[_stroke(series, x, y, chart.unit, index) for index, series in enumerate(chart.series)],
+        strokes=[_stroke(series, x, y, chart, index) for index, series in enumerate(chart.series)],
     )
 
 
@@ -91,6 +92,11 @@ def label(value: float, unit: Unit) -> str:
     return f"{value:.0f}" if value == round(value) and abs(value) < 1e6 else f"{value:.3g}"
 
 
+def _own(chart: Chart) -> Series:
+    """The last series that is not there to compare with."""
+    return next((s for s in reversed(chart.series) if s.tone not in ("c", "quiet")), chart.series[-1])
+
+
 def _value_range(values: list[float], unit: Unit) -> tuple[float, float]:
     """Room around the values; a share never leaves [0, 1], and its axis starts at 0 unless the range is far from it."""
     low, high = _spread(min(values), max(values))
@@ -109,17 +115,18 @@ def _spread(low: float, high: float) -> tuple[float, float]:
     return low - half, high + half
 
 
-def _stroke(series: Series, x: _Scale, y: _Scale, unit: Unit, index: int) -> Stroke:
+def _stroke(series: Series, x: _Scale, y: _Scale, chart: Chart, index: int) -> Stroke:
     xs, ys = [x(step) for step in series.steps], [y(value) for value in series.values]
     band = ""
     if series.low is not None and series.high is not None and len(xs) > 1:
         upper = list(zip(xs, (y(value) for value in series.high), strict=True))
         lower = list(zip(xs, (y(value) for value in series.low), strict=True))
         band = _path(upper + lower[::-1]) + "Z"
-    hover = [f"step {step:g}: {label(value, unit)}" for step, value in zip(series.steps, series.values, strict=True)]
+    pairs = zip(series.steps, series.values, strict=True)
+    hover = [f"{chart.x_name} {step:g}: {label(value, chart.unit)}" for step, value in pairs]
     is_dotted = series.is_points or len(xs) == 1
     points = list(zip(xs, ys, hover, strict=True)) if is_dotted else []
-    tone = "b" if index > 0 or series.is_points else "a"
+    tone = series.tone or ("b" if index > 0 or series.is_points else "a")
     return Stroke(series.label, tone, _path(list(zip(xs, ys, strict=True))), band, points)
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 
 from dare.report.comparison import Comparison
-from dare.report.page import COLUMNS, points
+from dare.report.diagnoses import diagnose
+from dare.report.page import COLUMNS
 from dare.report.run_data import RunData
 from dare.report.samples import pairs
+from dare.report.templating import points
 from dare.terminal.text import number, percent, shorten, visible
 
 _NUM_PAIRS = 5
@@ -30,6 +32,7 @@ def render_markdown(run: RunData, comparison: Comparison) -> str:
     if comparison.differing:
         lines += [f"Not comparable: {_cell('; '.join(comparison.differing))}", ""]
     lines += [f"- {_cell(note)}" for note in run.missing]
+    lines += [f"- **{_cell(f.title)}** ({f.level}): {_cell(f.evidence)}. {_cell(f.advice)}" for f in diagnose(run)]
     lines += ["", "![curves](curves.svg)", ""]
     shown = pairs(run.samples, _NUM_PAIRS)
     if shown:

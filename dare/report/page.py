@@ -7,18 +7,21 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from dare.report.comparison import Comparison, Row
 from dare.report.curves import charts
+from dare.report.diagnoses import CHECKS, diagnose, unchecked
 from dare.report.drawing import Drawing, draw
+from dare.report.reference import Reference
 from dare.report.run_data import RunData
-from dare.report.samples import NUM_SHADES, orders, pairs
+from dare.report.samples import NUM_SHADES, browser, orders, pairs
+from dare.report.templating import environment
 from dare.terminal.metrics import time_split
-from dare.terminal.text import duration, number, percent, rate, visible
+from dare.terminal.text import duration, percent, rate
 
 NUM_PAIRS = 10
 NUM_ORDERS = 4
+NUM_GROUPS = 24
+NUM_BROWSED = 16
 
 
 @dataclass(frozen=True)
@@ -36,35 +39,46 @@ class Stage:
     cost: Cost | None
 
 
-def render(stages: list[RunData], comparison: Comparison) -> str:
-    """The page of the last stage, with the earlier ones before it."""
+def render(
+    stages: list[RunData], comparison: Comparison, reference: Reference | None = None, *, is_live: bool = False
+) -> str:
+    """The page of the last stage, with the earlier ones before it.
+
+    reference  what a shipped run of the same recipe reached
+    is_live    whether the page asks its server for changes, as that of `dare watch` does
+    """
     run = stages[-1]
     shown = pairs(run.samples, NUM_PAIRS)
-    environment = Environment(
-        loader=PackageLoader("dare.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        keep_trailing_newline=True,
-    )
-    environment.filters.update(percent=percent, number=number, points=points, visible=visible)
-    return environment.get_template("page.html.j2").render(
-        run=run,
-        facts=_facts(run),
-        comparison=comparison,
-        columns=COLUMNS,
-        stages=[Stage(stage, [draw(chart) for chart in charts(stage)], cost(stage)) for stage in stages],
-        pairs=shown,
-        has_before=any(pair.before for pair in shown),
-        samples_note=_samples_note(run, len(shown)),
-        orders=orders(run.samples, NUM_ORDERS),
-        num_shades=NUM_SHADES,
-        origin=_origin(run),
+    left_out = unchecked(run)
+    return (
+        environment()
+        .get_template("page.html.j2")
+        .render(
+            run=run,
+            facts=_facts(run),
+            comparison=comparison,
+            columns=COLUMNS,
+            stages=[_stage(stage, reference if stage is run else None) for stage in stages],
+            reference=reference,
+            findings=diagnose(run),
+            num_checks=len(CHECKS) - len(left_out),
+            unchecked=left_out,
+            browser=browser(run.samples, NUM_GROUPS, NUM_BROWSED),
+            browser_note=f"The newest {NUM_GROUPS} groups, at most {NUM_BROWSED} samples of each, as logged.",
+            is_live=is_live,
+            pairs=shown,
+            has_before=any(pair.before for pair in shown),
+            samples_note=_samples_note(run, len(shown)),
+            orders=orders(run.samples, NUM_ORDERS),
+            num_shades=NUM_SHADES,
+            origin=_origin(run),
+        )
     )
 
 
-def points(share: float) -> str:
-    """A difference of shares in percentage points, with its sign."""
-    return f"{100 * share:+.1f}".replace("-", "−")
+def _stage(run: RunData, reference: Reference | None) -> Stage:
+    found = charts(run, reference.evaluations if reference is not None else None)
+    return Stage(run, [draw(chart) for chart in found], cost(run))
 
 
 def _column(name: str, style: Callable[[float], str]) -> Callable[[Row], str]:

@@ -9,6 +9,7 @@ from typing import Any
 from dare.report.curves import Chart
 
 _COLOURS = ("#0068a8", "#c04a00")
+_COLOUR_OF_TONE = {"a": _COLOURS[0], "b": _COLOURS[1], "c": "#007a5a", "quiet": "#c9d1d9"}
 _NUM_COLUMNS = 3
 
 
@@ -36,7 +37,7 @@ def save_plots(charts: list[Chart], title: str, directory: Path) -> None:
 def _plot(axes: Any, chart: Chart) -> None:
     scale = 100.0 if chart.unit == "percent" else 1.0
     for index, series in enumerate(chart.series):
-        colour = _COLOURS[min(index, 1)]
+        colour = _COLOUR_OF_TONE.get(series.tone or "", _COLOURS[min(index, 1)])
         values = [scale * value for value in series.values]
         marker = "o" if series.is_points or len(values) == 1 else None
         axes.plot(series.steps, values, color=colour, marker=marker, markersize=4, linewidth=1.3, label=series.label)
@@ -46,6 +47,7 @@ def _plot(axes: Any, chart: Chart) -> None:
     axes.set_title(f"{chart.title}, %" if chart.unit == "percent" else chart.title, loc="left", fontsize=9.5)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
-    axes.set_xlabel("step")
-    if len(chart.series) > 1 or chart.series[0].low is not None:
+    axes.set_xlabel(chart.x_name)
+    is_named = [series.tone != "quiet" for series in chart.series]
+    if sum(is_named) > 1 or (all(is_named) and chart.series[0].low is not None):
         axes.legend(frameon=False, fontsize=8)

@@ -2,16 +2,47 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import math
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from dare.core.errors import DareError
-from dare.core.files import read_json, read_lines
+from dare.core.files import complete_lines
 
 Record = dict[str, Any]
+
+_NUMBER = (int, float)
+_NEEDED: dict[str, dict[str, Any]] = {
+    "metrics": {"step": int},
+    "timing": {"step": int},
+    "eval": {
+        "step": int,
+        "task": str,
+        "split": str,
+        "num": int,
+        "num_solved": int,
+        "solve_rate": _NUMBER,
+        "low": _NUMBER,
+        "high": _NUMBER,
+    },
+    "samples": {
+        "step": int,
+        "uid": str,
+        "prompt": str,
+        "completion": str,
+        "reward": _NUMBER,
+        "parts": dict,
+        "is_solved": bool,
+    },
+}
+_TEXTS = ("task", "split", "uid", "prompt", "completion", "finish", "status", "name", "error")
+_LISTS = ("tokens", "step_map", "logp", "block")
+_MAPPINGS = ("decode", "parts", "versions", "machine")
+_SECTIONS = ("model", "algorithm", "task", "decode", "train", "optimizer", "evaluation", "checkpoint", "log", "data")
 
 
 @dataclass(frozen=True)
@@ -26,6 +57,8 @@ class RunData:
     timing: list[Record]
     evaluations: list[Record]
     samples: list[Record]
+    traces: list[Path] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)  # what is there and could not be read, in plain words
 
     @property
     def name(self) -> str:
@@ -46,13 +79,18 @@ class RunData:
     @property
     def num_steps(self) -> int | None:
         """Steps the recipe asks for."""
-        steps = self.recipe.get("train", {}).get("steps")
+        steps = self.setting("train", "steps")
         return None if steps is None else int(steps)
+
+    def setting(self, section: str, key: str) -> float | None:
+        """A number of the recipe; None if it has none there."""
+        value = self.recipe.get(section, {}).get(key)
+        return float(value) if _is_number(value) else None
 
     @property
     def missing(self) -> list[str]:
         """What is not there (yet), in plain words."""
-        notes = []
+        notes = list(self.unread)
         if not self.recipe:
             notes.append("recipe.yaml is missing, so the settings are not known")
         if not self.info:
@@ -74,24 +112,29 @@ class RunData:
 
 
 def load_run(path: Path) -> RunData:
-    """Read a run folder. Raises DareError if it is none, or if a file in it is malformed."""
+    """Read a run folder as far as it can be read; `RunData.unread` says what could not.
+
+    Raises DareError only if it is no run folder at all.
+    """
     recipe_file = path / "recipe.yaml"
     if not recipe_file.is_file() and not (path / "metrics.jsonl").is_file():
         raise DareError(
             "not a run folder", where=str(path), expected="recipe.yaml and metrics.jsonl, as `dare train` writes"
         )
-    recipe_text = recipe_file.read_text(encoding="utf-8") if recipe_file.is_file() else ""
-    info_file = path / "run.json"
-    logs = {name: _read_log(path / f"{name}.jsonl") for name in ("metrics", "timing", "eval", "samples")}
+    unread: list[str] = []
+    recipe_text = recipe_file.read_text(encoding="utf-8", errors="replace") if recipe_file.is_file() else ""
+    logs = {name: _read_log(path / f"{name}.jsonl", needed, unread) for name, needed in _NEEDED.items()}
     return RunData(
         path=path,
-        recipe=_parse_recipe(recipe_text, recipe_file),
+        recipe=_parse_recipe(recipe_text, unread),
         recipe_text=recipe_text,
-        info=read_json(info_file, "run status") if info_file.is_file() else {},
+        info=_read_info(path / "run.json", unread),
         metrics=logs["metrics"],
         timing=logs["timing"],
         evaluations=logs["eval"],
         samples=logs["samples"],
+        traces=sorted((path / "traces").glob("*.safetensors")),
+        unread=unread,
     )
 
 
@@ -109,18 +152,73 @@ def earlier_stage(run: RunData) -> Path | None:
     return None
 
 
-def _read_log(path: Path) -> list[Record]:
+def _read_log(path: Path, needed: dict[str, Any], unread: list[str]) -> list[Record]:
+    """The records that hold what every reader needs, in order; how many do not is noted."""
+    records, num_bad = [], 0
+    for line in complete_lines(path):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            num_bad += 1
+            continue
+        # Metrics may be NaN: charts leave such steps out and say how many.
+        record = _understood(record, may_be_nan=path.stem == "metrics") if isinstance(record, dict) else {}
+        if all(isinstance(record.get(key), kind) for key, kind in needed.items()):
+            records.append(record)
+        else:
+            num_bad += 1
+    if num_bad:
+        lines = "1 line" if num_bad == 1 else f"{num_bad} lines"
+        unread.append(f"{lines} of {path.name} cannot be read (damaged, or of another version) and are left out")
+    return records
+
+
+def _understood(record: Record, *, may_be_nan: bool = False) -> Record:
+    """What readers know how to show: texts, numbers and lists where they belong, and numbers under any other name."""
+    return {key: value for key, value in record.items() if _is_known(key, value, may_be_nan)}
+
+
+def _is_known(key: str, value: Any, may_be_nan: bool) -> bool:
+    if key in _TEXTS:
+        return isinstance(value, str)
+    if key in _LISTS:
+        kinds: Any = {"tokens": str, "logp": (*_NUMBER, type(None))}.get(key, int)
+        return isinstance(value, list) and all(isinstance(item, kinds) for item in value)
+    if key in _MAPPINGS:
+        is_numeric = key != "parts" or (isinstance(value, dict) and all(map(_is_number, value.values())))
+        return isinstance(value, dict) and is_numeric
+    if key == "is_solved":
+        return isinstance(value, bool)
+    return _is_number(value) or (may_be_nan and isinstance(value, float))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _read_info(path: Path, unread: list[str]) -> Record:
+    if not path.is_file():
+        return {}
     try:
-        return read_lines(path)
-    except (TypeError, ValueError) as error:
-        raise DareError("the log has a line that is not a JSON object", where=str(path), got=str(error)) from None
+        info = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        info = None
+    if isinstance(info, dict):
+        return _understood(info)
+    unread.append("run.json cannot be read")
+    return {}
 
 
-def _parse_recipe(text: str, path: Path) -> Record:
+def _parse_recipe(text: str, unread: list[str]) -> Record:
     try:
         recipe = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise DareError("the recipe is not valid YAML", where=str(path), got=str(error)) from None
+    except yaml.YAMLError:
+        recipe = None
     if not isinstance(recipe, dict):
-        raise DareError("a recipe is a mapping of keys", where=str(path), got=type(recipe).__name__)
-    return recipe
+        unread.append("recipe.yaml is not a recipe, so the settings are not known")
+        return {}
+    sections = {key: value for key, value in recipe.items() if key not in _SECTIONS or isinstance(value, dict)}
+    wrong = [key for key, value in recipe.items() if key not in sections and value is not None]
+    if wrong:
+        unread.append(f"recipe.yaml: {', '.join(wrong)} cannot be read")
+    return sections

@@ -51,9 +51,35 @@ def pairs(samples: list[Record], limit: int) -> list[Pair]:
 
 def orders(samples: list[Record], limit: int) -> list[Order]:
     """The denoising order of the first `limit` completions of the last evaluation that recorded one."""
-    recorded = [s for s in samples if s.get("tokens") and len(s["tokens"]) == len(s.get("step_map", ()))]
+    recorded = [sample for sample in samples if _has_order(sample)]
     held_out = [sample for sample in recorded if sample.get("split", "eval") == "eval"]
     return [_order(sample) for sample in _last(held_out or recorded)[:limit]]
+
+
+@dataclass(frozen=True)
+class Group:
+    """The samples of one step with the order of their tokens, where it was recorded."""
+
+    title: str
+    samples: list[tuple[Record, Order | None]]
+
+
+def browser(samples: list[Record], max_groups: int, max_samples: int) -> list[Group]:
+    """All recorded samples, the newest first, grouped by step and split; at most so many of each."""
+    groups: dict[tuple[int, str], list[Record]] = {}
+    for sample in samples:
+        groups.setdefault((sample["step"], str(sample.get("split", "eval"))), []).append(sample)
+    found = []
+    for (step, split), members in sorted(groups.items(), reverse=True)[:max_groups]:
+        shown = members[:max_samples]
+        num_solved = sum(bool(sample.get("is_solved")) for sample in members)
+        title = f"step {step}, {'rollouts' if split == 'train' else split}: {num_solved} of {len(members)} solved"
+        found.append(Group(title, [(s, _order(s) if _has_order(s) else None) for s in shown]))
+    return found
+
+
+def _has_order(sample: Record) -> bool:
+    return bool(sample.get("tokens")) and len(sample["tokens"]) == len(sample.get("step_map", ()))
 
 
 def _last(samples: list[Record]) -> list[Record]:
@@ -66,6 +92,8 @@ def _order(sample: Record) -> Order:
     ranks = {step: rank for rank, step in enumerate(sorted({step for step in steps if step >= 0}))}
     blocks: list[int] = sample.get("block") or [0] * len(steps)
     logps: list[float | None] = sample.get("logp") or [None] * len(steps)
+    if len(blocks) != len(steps) or len(logps) != len(steps):
+        blocks, logps = [0] * len(steps), [None] * len(steps)
     cells = []
     for index, (token, step) in enumerate(zip(sample["tokens"], steps, strict=True)):
         logp = logps[index]

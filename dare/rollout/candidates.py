@@ -21,16 +21,25 @@ class Candidates(NamedTuple):
              before guidance, forbidden tokens, top-k and top-p: what a trainer scores
     score_N  float32: what the unmask policy ranks by; 0 where that does not depend on the network
     confidence_N  float32: what decides on an edit; 0 in a rollout that does not
+    prob_N, top_NA, top_prob_NA  see `dare.core.predictions.Predictions`; A is 0 and prob_N zeros unless asked for
     """
 
     token_N: Tensor
     logp_N: Tensor
     score_N: Tensor
     confidence_N: Tensor
+    prob_N: Tensor
+    top_NA: Tensor
+    top_prob_NA: Tensor
 
 
 def propose(
-    family: Family, plan: Plan, plain_ND: Tensor, unconditional_ND: Tensor | None, uniform_N: Tensor
+    family: Family,
+    plan: Plan,
+    plain_ND: Tensor,
+    unconditional_ND: Tensor | None,
+    uniform_N: Tensor,
+    num_alternatives: int = 0,
 ) -> Candidates:
     """A candidate for each masked position, drawn with its own uniform number."""
     rows = chunk_rows(family.spec.vocab_size)
@@ -39,12 +48,19 @@ def propose(
         part = slice(start, start + rows)
         logits_NV = family.row_logits(plain_ND[part])
         unconditional_NV = None if unconditional_ND is None else family.row_logits(unconditional_ND[part])
-        parts.append(_propose_chunk(plan, family.spec.mask_id, logits_NV, unconditional_NV, uniform_N[part]))
+        parts.append(
+            _propose_chunk(plan, family.spec.mask_id, logits_NV, unconditional_NV, uniform_N[part], num_alternatives)
+        )
     return Candidates(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
 
 def _propose_chunk(
-    plan: Plan, mask_id: int, logits_NV: Tensor, unconditional_NV: Tensor | None, uniform_N: Tensor
+    plan: Plan,
+    mask_id: int,
+    logits_NV: Tensor,
+    unconditional_NV: Tensor | None,
+    uniform_N: Tensor,
+    num_alternatives: int,
 ) -> Candidates:
     decode = plan.decode
     guided_NV = logits_NV
@@ -62,4 +78,8 @@ def _propose_chunk(
         score_N = sampling.score(score, ranked_NV, token_N, mask_id)
     if decode.edit_threshold is not None:
         confidence_N = sampling.score("confidence", ranked_NV, token_N, mask_id)
-    return Candidates(token_N, logp_N, score_N, confidence_N)
+    prob_N, (top_NA, top_prob_NA) = torch.zeros_like(logp_N), (token_N[:, None][:, :0], logp_N[:, None][:, :0])
+    if num_alternatives:
+        prob_N = sampling.token_logp(guided_NV, token_N).exp()
+        top_NA, top_prob_NA = sampling.most_probable(guided_NV, plan.forbidden_ids, num_alternatives)
+    return Candidates(token_N, logp_N, score_N, confidence_N, prob_N, top_NA, top_prob_NA)

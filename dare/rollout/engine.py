@@ -32,6 +32,7 @@ from dare.rollout.candidates import propose
 from dare.rollout.drafts import DraftLog, check_drafts
 from dare.rollout.forward import Hidden, make_forward
 from dare.rollout.plan import Plan, check_prompts, make_plan
+from dare.rollout.predictions import PredictionLog
 from dare.rollout.record import begin_batch, empty_trace, finished, record_batch
 
 
@@ -62,6 +63,7 @@ def denoise(
     *,
     weights_version: int = 0,
     has_drafts: bool = False,
+    num_alternatives: int = 0,
     on_step: Callable[[StepEvent], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> TraceBatch:
@@ -69,6 +71,8 @@ def denoise(
 
     sample_ids   with `key`, name the random numbers of each row: equal ids and prompts give equal completions
     has_drafts   record every step's full prediction in `drafts`
+    num_alternatives  record what every step thought of its open positions in `predictions`, with as many tokens for
+                 each; 0 = do not
     on_step      called after every denoising step
     on_progress  called with (positions settled, all completion positions) after every denoising step
 
@@ -83,6 +87,7 @@ def denoise(
     plan = make_plan(family, decode)
     check_prompts(family, prompts)
     log = DraftLog() if has_drafts else None
+    predictions = PredictionLog(num_alternatives) if num_alternatives else None
     if has_drafts:
         check_drafts(plan)
     canvas = family.empty_canvas(prompts, decode.gen_length, plan.block_length)
@@ -94,27 +99,33 @@ def denoise(
         for index_B in torch.split(order_B, decode.batch_size):
             batch = begin_batch(family, plan, trace, index_B)
             num_later -= batch.num_waiting()
-            if log is not None:
-                log.index_B = index_B
-            for row_N, is_committed_NK in Run(family, plan, key, batch, log).steps():
+            for listener in (log, predictions):
+                if listener is not None:
+                    listener.index_B = index_B
+            for row_N, is_committed_NK in Run(family, plan, key, batch, log, predictions).steps():
                 if on_step is not None:
                     on_step(_event(batch, index_B, row_N, is_committed_NK, canvas.length))
                 if on_progress is not None:
                     on_progress(num_total - num_later - batch.num_waiting(), num_total)
             record_batch(batch, trace, index_B, family.spec.pad_id)
     done = finished(trace)
-    return done if log is None else replace(done, drafts=log.drafts(done.canvas.length))
+    return replace(
+        done,
+        drafts=None if log is None else log.drafts(done.canvas.length),
+        predictions=None if predictions is None else predictions.predictions(),
+    )
 
 
 @dataclass(frozen=True)
 class Run:
-    """One batch on its way through the loop; `log`, if there is one, hears of every prediction."""
+    """One batch on its way through the loop; the logs, if there are any, hear of every prediction."""
 
     family: Family
     plan: Plan
     key: Key
     batch: Batch
     log: DraftLog | None = None
+    predictions: PredictionLog | None = None
 
     def steps(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Denoise every row to its end, or to where it pauses.
@@ -166,7 +177,8 @@ class Run:
         position_N = batch.start_B[row_N] + column_N
         counters = (batch.sample_id_B[row_N], position_N, batch.step_B[row_N])
         uniform_N = self.key.fold("token").uniform(*counters)
-        found = propose(self.family, self.plan, *hidden.at(place_N, column_N), uniform_N)
+        num_alternatives = self.predictions.num_alternatives if self.predictions is not None else 0
+        found = propose(self.family, self.plan, *hidden.at(place_N, column_N), uniform_N, num_alternatives)
         if self.log is not None:
             self.log.add(self.family, batch, self.plan, self.key, row_H, is_masked_HK, hidden, found)
         score_N = found.score_N
@@ -174,23 +186,29 @@ class Run:
             score_N = self.key.fold("unmask").uniform(*counters)
         score_HK = torch.zeros(is_masked_HK.shape, dtype=score_N.dtype, device=score_N.device)
         score_HK[place_N, column_N] = score_N
-        is_written_HK = self._choose(row_H, score_HK, is_masked_HK)
+        held_N = batch.canvas.input_BS[row_N, position_N]
+        is_written_HK = self._choose(row_H, score_HK, is_masked_HK, is_denoising_H)
         if decode.edit_threshold is not None:
-            is_new_N = batch.canvas.input_BS[row_N, position_N] != found.token_N
+            is_new_N = held_N != found.token_N
             is_edited_N = ~is_masked_HK[place_N, column_N] & is_new_N & (found.confidence_N > decode.edit_threshold)
             batch.log_edits(row_N[is_edited_N], position_N[is_edited_N])
             is_written_HK[place_N, column_N] |= is_edited_N
         chosen_N = is_written_HK[place_N, column_N]
+        if self.predictions is not None:
+            self.predictions.add_open(batch, row_N, position_N, held_N, found, score_N, chosen_N)
         batch.commit(row_N[chosen_N], position_N[chosen_N], found.token_N[chosen_N], found.logp_N[chosen_N])
         return is_written_HK
 
-    def _choose(self, row_H: Tensor, score_HK: Tensor, is_masked_HK: Tensor) -> Tensor:
+    def _choose(self, row_H: Tensor, score_HK: Tensor, is_masked_HK: Tensor, is_denoising_H: Tensor) -> Tensor:
         """bool [H, K]: the masked positions to commit; where tokens may be masked again, that has happened."""
         plan, decode, step_H = self.plan, self.plan.decode, self.batch.block_step_B[row_H]
         if decode.remask != "none":
-            return self._keep_best(row_H, score_HK, is_masked_HK)
+            return self._keep_best(row_H, score_HK, is_masked_HK, is_denoising_H)
         num_masked_H, num_left_H = self.batch.num_masked_B[row_H], is_masked_HK.sum(-1)
         due = unmask.due(decode.schedule, num_masked_H, num_left_H, plan.num_steps, step_H)
+        if self.predictions is not None:
+            quota_H = due.quota_B if unmask.has_quota(decode.unmask) else None
+            self.predictions.add_steps(self.batch, row_H, quota_H, is_denoising_H)
         is_committed_HK = unmask.commits(decode.unmask, score_HK, is_masked_HK, due.quota_B, decode, due.share_B)
         if plan.has_first_step:
             is_first_HK = torch.zeros_like(is_masked_HK)
@@ -198,7 +216,7 @@ class Run:
             is_committed_HK = torch.where((step_H == 0)[:, None], is_first_HK, is_committed_HK)
         return is_committed_HK
 
-    def _keep_best(self, row_H: Tensor, score_HK: Tensor, is_masked_HK: Tensor) -> Tensor:
+    def _keep_best(self, row_H: Tensor, score_HK: Tensor, is_masked_HK: Tensor, is_denoising_H: Tensor) -> Tensor:
         """bool [H, K]: the masked positions to commit under remasking; the held tokens that lose are masked again."""
         batch = self.batch
         window_HK = batch.window(row_H)
@@ -207,6 +225,9 @@ class Run:
         score_HK = torch.where(is_masked_HK, score_HK, batch.score_BS[place_HK, window_HK].to(score_HK.dtype))
         num_kept_H = unmask.cumulative_quota(batch.num_masked_B[row_H], self.plan.num_steps, batch.block_step_B[row_H])
         is_committed_HK, is_again_HK = unmask.running_confidence(score_HK, is_masked_HK, is_held_HK, num_kept_H)
+        if self.predictions is not None:
+            self.predictions.add_steps(batch, row_H, num_kept_H, is_denoising_H)
+            self.predictions.add_remasked(batch, place_HK[is_again_HK], window_HK[is_again_HK])
         batch.score_BS[place_HK[is_committed_HK], window_HK[is_committed_HK]] = score_HK[is_committed_HK].float()
         batch.mask_again(place_HK[is_again_HK], window_HK[is_again_HK])
         return is_committed_HK

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dare.core.predictions import Predictions
 from dare.core.types import GIVEN, Canvas, Drafts, Edits, TraceBatch, Tree
 
 
@@ -34,6 +35,7 @@ def join_traces(traces: Sequence[TraceBatch], layout: Canvas, pad_id: int) -> Tr
         edits=_join_edits(traces, starts),
         drafts=_join_drafts(traces, starts, width, pad_id),
         tree=_join_trees(traces, starts, width, pad_id),
+        predictions=_join_predictions(traces, starts),
     )
 
 
@@ -86,6 +88,19 @@ def _join_trees(traces: Sequence[TraceBatch], starts: list[int], width: int, pad
         sample_N=torch.cat([tree.sample_N for tree in parts]),
         is_leaf_N=torch.cat([tree.is_leaf_N for tree in parts]),
     )
+
+
+def _join_predictions(traces: Sequence[TraceBatch], starts: list[int]) -> Predictions | None:
+    parts = [(trace.predictions, start) for trace, start in zip(traces, starts[:-1], strict=True)]
+    found = [
+        replace(p, row_P=p.row_P + start, row_D=p.row_D + start, row_M=p.row_M + start)
+        for p, start in parts
+        if p is not None
+    ]
+    if not found:
+        return None
+    names = list(found[0].tensors())
+    return Predictions(**{name: torch.cat([part.tensors()[name] for part in found]) for name in names}).sorted()
 
 
 def _stack(tensors: list[Tensor], width: int, fill: float) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from dare.core.decode import Decode
 from dare.core.errors import DareError
-from dare.diffusion.unmask import find_policy
+from dare.diffusion.unmask import find_policy, is_first_forced
 from dare.families.base import Family
 
 _MAX_POST_STEPS = 16
@@ -68,8 +68,7 @@ def make_plan(family: Family, decode: Decode) -> Plan:
         forbidden_ids=(spec.mask_id, *(spec.eos_ids if decode.forbid_eos else ())),
         unranked_ids=spec.eos_ids if decode.forbid_eos or decode.zero_eos_confidence else (),
         max_post_steps=_max_post_steps(decode),
-        # Later steps read a block from its own positions only, of which none scores the first (Fast-dLLM for Dream).
-        has_first_step=spec.is_shifted and cache in ("prefix", "dual"),
+        has_first_step=is_first_forced(cache, is_shifted=spec.is_shifted),
     )
 
 

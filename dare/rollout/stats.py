@@ -14,9 +14,13 @@ def rollout_stats(trace: TraceBatch) -> dict[str, float]:
     tokens_per_forward  all such tokens over all forwards
     eos_rate            share of rows with an EOS
     truncation_rate     share of rows that ran to their full length without one
+    commit_nll          minus the mean log-prob of such tokens when they were committed, nats per token: at temperature
+                        1 an estimate of how much choice the sampler has left
+    padding_share       share of the positions of the rectangular batch that are padding
     """
     num_rows = len(trace.nfe_B)
-    num_tokens = int(scored_mask(trace).sum())
+    is_scored_BS = scored_mask(trace)
+    num_tokens = int(is_scored_BS.sum())
     num_forwards = int(trace.nfe_B.sum())
     eos_rate = int(trace.is_eos_B.sum()) / num_rows
     return {
@@ -25,4 +29,6 @@ def rollout_stats(trace: TraceBatch) -> dict[str, float]:
         "tokens_per_forward": num_tokens / num_forwards,
         "eos_rate": eos_rate,
         "truncation_rate": 1.0 - eos_rate,
+        "commit_nll": -float(trace.logp_BS[is_scored_BS].double().mean()),
+        "padding_share": 1.0 - float(trace.canvas.is_real_BS.double().mean()),
     }

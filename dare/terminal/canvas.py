@@ -17,8 +17,8 @@ from dare.terminal.text import visible
 if TYPE_CHECKING:
     from torch import Tensor
 
-_MASKED = "░"
-_EOS = "∎"  # a tail of them is common, and their names are long
+MASKED = "░"
+EOS = "∎"  # a tail of them is common, and their names are long
 _MAX_ROWS = 8
 _CONFIDENCE = ((0.9, "green"), (0.5, "yellow"))  # at least this probability
 _LOW = "red"
@@ -65,7 +65,7 @@ class CanvasView:
 
     def __enter__(self) -> CanvasView:
         if not self._is_reply_only:
-            self._console.print(_legend())
+            self._console.print(confidence_legend())
         if self._console.is_terminal:
             self._live = Live(
                 console=self._console, auto_refresh=False, vertical_overflow="crop", transient=self._is_reply_only
@@ -116,8 +116,8 @@ class CanvasView:
 
     def _cell(self, token: int) -> str:
         if token == self._mask_id:
-            return _MASKED
-        return _EOS if token in self._eos_ids else visible(self._token_text(token))
+            return MASKED
+        return EOS if token in self._eos_ids else visible(self._token_text(token))
 
 
 class _Row:
@@ -145,16 +145,18 @@ class _Row:
         """Dim for the prompt and for masks."""
         if position not in self._confidence:
             return "dim"
-        colour = _colour(self._confidence[position])
+        colour = confidence_colour(self._confidence[position])
         return f"bold {colour}" if self._is_new[position] else colour
 
 
-def _colour(confidence: float) -> str:
+def confidence_colour(confidence: float) -> str:
+    """The colour of a token by its probability when it was committed."""
     return next((colour for least, colour in _CONFIDENCE if confidence >= least), _LOW)
 
 
-def _legend() -> Text:
-    legend = Text(f"{_MASKED} masked   {_EOS} EOS   probability at commit: ")
+def confidence_legend() -> Text:
+    """What the colours and signs of a canvas mean."""
+    legend = Text(f"{MASKED} masked   {EOS} EOS   probability at commit: ")
     for least, colour in _CONFIDENCE:
         legend.append(f"≥ {least:g}  ", style=colour)
     return legend.append("lower", style=_LOW)

@@ -23,10 +23,15 @@ def listing(table: str | None) -> str:
 def recipe_files() -> list[Path]:
     """The recipes of the working directory, or else those of the source tree that this package runs from."""
     for root in (Path("recipes"), Path(__file__).parents[2] / "recipes"):
-        found = [path for path in sorted(root.rglob("*.yaml")) if not path.parent.name.startswith("_")]
+        found = [path for path in sorted(root.rglob("*.yaml")) if not _is_other(path)]
         if found:
             return found
     return []
+
+
+def _is_other(path: Path) -> bool:
+    """Whether the file is a part of recipes or a study."""
+    return path.parent.name.startswith("_") or path.parent.name == "studies"
 
 
 def _rows(table: str) -> str:

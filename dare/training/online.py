@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -25,9 +26,10 @@ from dare.data.order import row_indices
 from dare.diffusion.trace import draft_tokens, scored_mask
 from dare.evals.runner import Scored, as_record, evaluate_task, score_trace
 from dare.families.tokenizer import decode as decode_text
-from dare.families.tokenizer import encode_prompt
+from dare.families.tokenizer import encode_prompt, token_piece
 from dare.rewards.mix import RewardMix
 from dare.rollout.stats import rollout_stats
+from dare.rollout.trace_file import NUM_ALTERNATIVES, save_trace
 from dare.tasks.base import Task
 from dare.training.groups import kept_groups, select_groups
 from dare.training.session import Session
@@ -189,6 +191,29 @@ def evaluate_held_out(session: Session, engine: Engine, task: Task[Any], tokeniz
         num_records=recipe.evaluation.num_records,
     )
     session.record_evaluation(step, result, [{"split": "eval", **record} for record in records])
+    if recipe.log.traces:
+        save_traces(session, engine, task, tokenizer, decode, step)
+
+
+def save_traces(session: Session, engine: Engine, task: Task[Any], tokenizer: Any, decode: Decode, step: int) -> None:
+    """Generate the first held-out completions again, the same ones, and keep what every denoising step thought."""
+    num = min(session.recipe.log.traces, task.size("eval"))
+    prompts = [task.prompt("eval", index) for index in range(num)]
+    trace = engine.generate(
+        [encode_prompt(tokenizer, prompt) for prompt in prompts],
+        decode,
+        Key(session.recipe.seed).fold("evaluation"),
+        [stable_id(prompt.uid) for prompt in prompts],
+        num_alternatives=NUM_ALTERNATIVES,
+    )
+    save_trace(
+        session.run_dir / "traces" / f"step-{step:06d}.safetensors",
+        trace,
+        spec=engine.spec,
+        decode=decode,
+        piece=partial(token_piece, tokenizer),
+        labels=[prompt.uid for prompt in prompts],
+    )
 
 
 def _prompts_of_step(recipe: Recipe, task: Task[Any], step: int, key: Key) -> list[Prompt]:
@@ -216,5 +241,7 @@ def _mean_trained_reward(samples: Samples) -> float:
 
 
 def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
-    """Means over inner iterations; nothing if there were none."""
-    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]} if rows else {}
+    """Means over inner iterations, each over those that have the metric; nothing if there were none."""
+    names = {name: None for row in rows for name in row}  # in order
+    found = {name: [row[name] for row in rows if name in row] for name in names}
+    return {name: sum(values) / len(values) for name, values in found.items()}

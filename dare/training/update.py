@@ -23,6 +23,7 @@ from dare.core.engine import Engine
 from dare.core.errors import NonFiniteError
 from dare.core.rng import Key
 from dare.core.types import AuxLoss, Judgement, Loss, Samples, Views
+from dare.training.mismatch import rollout_gap
 
 
 @dataclass
@@ -33,6 +34,7 @@ class Iteration:
     old_RS: Tensor | None  # None: the first scoring pass of the update is the old policy's
     reference_RS: Tensor | None
     judgement: Judgement | None = None  # of the critic, before the first update
+    is_first: bool = True  # the policy is still the one that the rollout was made with
 
 
 def draw_views(engine: Engine, algorithm: Algorithm[Any], samples: Samples, key: Key) -> Views:
@@ -67,7 +69,7 @@ def plan_iterations(
         judgement = None
         if algorithm.critic_lr is not None:
             judgement = algorithm.judge(engine.score(views, samples, role="critic"), views, samples)
-        plans.append(Iteration(views, old, reference, judgement))
+        plans.append(Iteration(views, old, reference, judgement, is_first=index == 0))
     return plans
 
 
@@ -79,6 +81,7 @@ def update(engine: Engine, algorithm: Algorithm[Any], samples: Samples, iteratio
     views = iteration.views
     samples = replace(samples, judgement=iteration.judgement)
     auxiliary = algorithm.auxiliary(views, samples)
+    mismatch: float | None = None
     if algorithm.is_linear:
         # The gradient of a linear loss does not depend on where it is taken, so no scoring pass is needed.
         zero_RS = torch.zeros(views.noisy_RS.shape)
@@ -90,6 +93,7 @@ def update(engine: Engine, algorithm: Algorithm[Any], samples: Samples, iteratio
     else:
         logp_RS = engine.score(views, samples)
         old_RS = logp_RS if iteration.old_RS is None else iteration.old_RS
+        mismatch = rollout_gap(logp_RS, views, samples) if iteration.is_first else None
         loss, grad_RS = _loss_and_grad(algorithm, logp_RS, old_RS, iteration, samples)
         replay_RS = engine.accumulate(views, samples, grad_RS, auxiliary=auxiliary)
         is_replayed = (grad_RS != 0).any(-1, keepdim=True) & views.is_target_RS
@@ -97,6 +101,8 @@ def update(engine: Engine, algorithm: Algorithm[Any], samples: Samples, iteratio
     _require_finite(loss, logp_RS, views)
     metrics = {name: metric.mean for name, metric in loss.metrics.items()}
     value = float(loss.value.detach())
+    if mismatch is not None:
+        metrics["rollout_gap"] = mismatch
     if auxiliary is not None:
         metrics[auxiliary.name] = _aux_value(auxiliary)
         value += metrics[auxiliary.name]

@@ -42,12 +42,13 @@ def test_joined_rollouts(families: dict[str, Family], name: str, num_workers: in
     decode = Decode.model_validate({**base, **options})
     ids = [50 + row for row in range(len(PROMPTS))]
     has_drafts = "edit_threshold" not in options
-    whole = denoise(family, PROMPTS, decode, Key(3), ids, has_drafts=has_drafts)
+    records: dict[str, Any] = {"has_drafts": has_drafts, "num_alternatives": 3}
+    whole = denoise(family, PROMPTS, decode, Key(3), ids, **records)
     parts = []
     for rows in split_groups(len(PROMPTS), num_workers, 1):
         if rows:
             prompts = [PROMPTS[row] for row in rows]
-            parts.append(denoise(family, prompts, decode, Key(3), [ids[row] for row in rows], has_drafts=has_drafts))
+            parts.append(denoise(family, prompts, decode, Key(3), [ids[row] for row in rows], **records))
     joined = join_traces(parts, family.empty_canvas(PROMPTS, decode.gen_length, 4), family.spec.pad_id)
     for trace in (whole, joined):
         if trace.drafts is not None:  # what they hold beyond the end of a row means nothing

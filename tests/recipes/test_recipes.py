@@ -13,7 +13,7 @@ from dare.terminal.progress import NullReporter
 from dare.training.run import train
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-SHIPPED = sorted(path for path in RECIPES.rglob("*.yaml") if path.parent.name != "_base")
+SHIPPED = sorted(path for path in RECIPES.rglob("*.yaml") if path.parent.name not in ("_base", "studies"))
 TINY = sorted((RECIPES / "tiny").glob("*.yaml"))
 SMALL = [
     "train.steps=2",

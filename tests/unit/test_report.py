@@ -31,7 +31,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Page(HTMLParser):
     """Text and attributes of a page; fails on unbalanced tags."""
 
-    VOID: ClassVar[set[str]] = {"meta", "line", "circle", "path", "br"}
+    VOID: ClassVar[set[str]] = {"meta", "line", "circle", "path", "br", "input"}
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -170,11 +170,25 @@ def test_mistakes_are_named(tmp_path: Path, runs: Path) -> None:
         build_report(tmp_path / "nothing", tmp_path / "report")
     with pytest.raises(DareError, match="not a run folder"):
         build_report(runs / "rl", tmp_path / "report", baseline=tmp_path)
-    run = write_run(tmp_path / "run", num_steps=6)
-    (run / "eval.jsonl").write_text('{"step": 0}\nnonsense\n{"step": 1}\n')
-    with pytest.raises(DareError, match=r"eval\.jsonl"):
-        build_report(run, tmp_path / "report")
     assert not (tmp_path / "report").exists()
+
+
+def test_what_cannot_be_read_is_left_out_and_said(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", num_steps=6)
+    good = (run / "eval.jsonl").read_text()
+    (run / "eval.jsonl").write_text(good + '{"step": 7}\nnonsense\n')
+    (run / "samples.jsonl").write_text('{"step": 1, "novelty": [1]}\n[1]\n')
+    (run / "run.json").write_text("{")
+    text = page_text(run)
+    assert "2 lines of eval.jsonl cannot be read" in text
+    assert "2 lines of samples.jsonl cannot be read" in text
+    assert "run.json cannot be read" in text
+    assert "after: step 6" in text or "so far: step 6" in text
+    (run / "recipe.yaml").write_text("- a list\n")
+    assert "recipe.yaml is not a recipe" in page_text(run)
+    (run / "recipe.yaml").write_text("name: x\nalgorithm: spg\ntrain: {steps: many}\n")
+    assert "recipe.yaml: algorithm cannot be read" in page_text(run)
+    build_report(run, tmp_path / "report")
 
 
 def test_only_a_report_is_ever_replaced(tmp_path: Path, runs: Path) -> None:

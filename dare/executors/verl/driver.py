@@ -41,6 +41,7 @@ class VerlEngine:
         self.workers = workers
         self.micro_batch_views = micro_batch_views
         self.weights_version = 0
+        self.num_view_forwards = 0
 
     @classmethod
     def create(
@@ -72,6 +73,7 @@ class VerlEngine:
         *,
         has_drafts: bool = False,
         branching: tuple[int, ...] = (),
+        num_alternatives: int = 0,
     ) -> TraceBatch:
         if not prompts:
             raise DareError("there is no prompt to complete", got="an empty list")
@@ -87,6 +89,7 @@ class VerlEngine:
             [[sample_ids[row] for row in part] for part in parts],
             [has_drafts] * self.workers.num,
             [branching] * self.workers.num,
+            [num_alternatives] * self.workers.num,
         )
         trace = join_traces([part for part in found if part is not None], layout, self.spec.pad_id)
         if on_progress is not None:
@@ -98,6 +101,7 @@ class VerlEngine:
         score_RS = torch.zeros(views.noisy_RS.shape)
         if not views.num_views:
             return score_RS
+        self.num_view_forwards += views.num_views
         parts, shards = self._shards(views, samples, torch.arange(views.num_views))
         found = self.workers.each("score", shards, [is_reference] * len(shards), [role] * len(shards))
         for part, score in zip(parts, found, strict=True):
@@ -126,6 +130,7 @@ class VerlEngine:
         rows = replayed_rows(grad_RS, auxiliary)
         if not len(rows):
             return score_RS
+        self.num_view_forwards += len(rows)
         parts, shards = self._shards(views, samples, rows)
         terms = [auxiliary_of(auxiliary, part) for part in parts]
         found = self.workers.each(
@@ -139,6 +144,8 @@ class VerlEngine:
 
     def step(self, role: Role = "policy") -> dict[str, float]:
         metrics: dict[str, float] = self.workers.each("step", [role] * self.workers.num)[0]
+        if role == "policy":
+            metrics["view_forwards"], self.num_view_forwards = float(self.num_view_forwards), 0
         return metrics
 
     def publish(self) -> None:

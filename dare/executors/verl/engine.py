@@ -70,13 +70,22 @@ class DiffusionFSDPEngine(FSDPEngine):  # type: ignore[misc]
         sample_ids: list[int],
         has_drafts: bool,
         branching: tuple[int, ...],
+        num_alternatives: int,
     ) -> TraceBatch | None:
         """This process's completions; None if it has no prompt."""
         frees = self.model_config.options.reshard_after_forward
         with shards.gathered(self.module, reshard_after_forward=frees):
             if not prompts:
                 return None
-            return self.local.generate(prompts, decode, key, sample_ids, has_drafts=has_drafts, branching=branching)
+            return self.local.generate(
+                prompts,
+                decode,
+                key,
+                sample_ids,
+                has_drafts=has_drafts,
+                branching=branching,
+                num_alternatives=num_alternatives,
+            )
 
     def score(self, shard: Shard, is_reference: bool, role: Role) -> Tensor:
         """float32 [R, S]: of this process's views."""

@@ -45,10 +45,13 @@ class DiffusionWorker(TrainingWorker):  # type: ignore[misc]
         sample_ids: list[int],
         has_drafts: bool,
         branching: tuple[int, ...],
+        num_alternatives: int,
     ) -> TraceBatch | DareError | None:
         """See `DiffusionFSDPEngine.generate`. A user's mistake comes back as a value, which keeps its fields."""
         try:
-            found: TraceBatch | None = self.engine.generate(prompts, decode, key, sample_ids, has_drafts, branching)
+            found: TraceBatch | None = self.engine.generate(
+                prompts, decode, key, sample_ids, has_drafts, branching, num_alternatives
+            )
         except DareError as error:
             return error
         return found
