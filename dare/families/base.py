@@ -115,8 +115,13 @@ class Family:
         config: Config,
         generation_config: Config | None = None,
         buffer_dtypes: Mapping[str, torch.dtype] | None = None,
+        code_files: Mapping[str, bytes] | None = None,
     ) -> None:
-        """`buffer_dtypes`: how the checkpoint stores the network's buffers, which are float32 in memory."""
+        """A checkpoint's network; it remembers what only a copy of that checkpoint needs.
+
+        buffer_dtypes  how the checkpoint stores the network's buffers, which are float32 in memory
+        code_files     what the checkpoint brings along for those who load it with its own code: saved again, never run
+        """
         if spec.is_shifted and spec.attention == "block_causal":
             raise ValueError("a shifted block-causal family would score a block's first token from another block")
         self.spec = spec
@@ -124,6 +129,7 @@ class Family:
         self.config = config
         self.generation_config = generation_config
         self.buffer_dtypes = dict(buffer_dtypes or {})
+        self.code_files = dict(code_files or {})
 
     @property
     def dtype(self) -> torch.dtype:
