@@ -102,6 +102,15 @@ class TrainRecipe(Options):
     completions_per_prompt: int = Field(8, ge=1, description="online: group size G")
     updates_per_rollout: int = Field(1, ge=1, description="online: optimizer steps per rollout (mu)")
     micro_batch_views: int = Field(256, ge=1, description="views per forward and backward; never changes the result")
+    micro_batch_tokens: int = Field(
+        16384, ge=1, description="positions per forward and backward, padding included; never changes the result"
+    )
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="what a backward computes again instead of keeping it: nothing; all but matrix products and "
+        "attention; whole layers. Less memory, more time, the same result",
+    )
+    is_compiled: bool = Field(False, description="run the network through torch.compile; needs a compiler")
 
 
 class OptimizerRecipe(Options):

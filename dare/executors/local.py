@@ -19,6 +19,7 @@ from dare.core.recipe import Recipe
 from dare.core.rng import Key
 from dare.core.spec import FamilySpec
 from dare.core.types import AuxLoss, Canvas, Samples, TraceBatch, Views
+from dare.executors.compiled import compile_network
 from dare.families.base import Family
 from dare.families.build import build_family
 from dare.families.critic import Critic
@@ -26,6 +27,7 @@ from dare.families.layers.moe import ExpertLoad
 from dare.families.weights import load_weights, save_family
 from dare.rollout.engine import denoise
 from dare.rollout.tree import grow_trees
+from dare.training.micro_batches import micro_batches
 from dare.training.optim import Optimizer
 
 
@@ -45,7 +47,8 @@ class LocalEngine:
         critic_lr: float | None = None,
     ) -> None:
         self.family = family
-        self.micro_batch_views = recipe.train.micro_batch_views
+        self.max_views, self.max_tokens = recipe.train.micro_batch_views, recipe.train.micro_batch_tokens
+        family.network.recompute = recipe.train.recompute
         self.optimizer = Optimizer(family.network.named_parameters(), recipe.optimizer, num_updates)
         self.reference = copy.deepcopy(family) if needs_reference else None
         self.critic = Critic(family) if critic_lr is not None else None
@@ -55,6 +58,8 @@ class LocalEngine:
             self.critic.family.network.eval()
         self.weights_version = 0
         self.load_of_step = ExpertLoad()
+        if recipe.train.is_compiled:
+            compile_network(self.family.network)
         self.family.network.eval()  # dropout off: both passes of an update must be the same function
 
     @classmethod
@@ -114,7 +119,7 @@ class LocalEngine:
         score = family.view_logp if role == "policy" else self._critic().view_value
         score_RS = torch.zeros(views.noisy_RS.shape)
         with torch.no_grad():
-            for part in self._micro_batches(torch.arange(views.num_views)):
+            for part in self._micro_batches(torch.arange(views.num_views), views, samples):
                 score_RS[part] = score(*_rows(views, samples, part)).cpu()
         return score_RS
 
@@ -131,18 +136,18 @@ class LocalEngine:
         if auxiliary is not None:
             is_run_R[auxiliary.view_A] = True
         score_RS = torch.full(views.noisy_RS.shape, torch.nan)
-        for part in self._micro_batches(is_run_R.nonzero()[:, 0]):
+        for part in self._micro_batches(is_run_R.nonzero()[:, 0], views, samples):
             chosen, canvas = _rows(views, samples, part)
             terms: list[Tensor] = []
             if role == "critic":
                 score = self._critic().view_value(chosen, canvas)
+                total = (grad_RS[part].to(score.device) * score).sum()
             else:
                 hidden_RTD = self.family.view_hidden(chosen, canvas, self.load_of_step)
-                score = self.family.target_logp(hidden_RTD, chosen)
+                total, score = self.family.target_total(hidden_RTD, chosen, grad_RS[part])
                 if auxiliary is not None:
                     terms = self._aux_terms(hidden_RTD, chosen, auxiliary, part)
-            total = (grad_RS[part].to(score.device) * score).sum() + sum(terms)
-            total.backward()  # type: ignore[no-untyped-call]
+            (total + sum(terms)).backward()  # type: ignore[no-untyped-call]
             score_RS[part] = score.detach().cpu()
         return score_RS
 
@@ -197,8 +202,9 @@ class LocalEngine:
         auxiliary.value_A[entry_A] = value_A.detach().cpu()
         return [value_A.sum()]
 
-    def _micro_batches(self, rows: Tensor) -> list[Tensor]:
-        return list(torch.split(rows, self.micro_batch_views)) if len(rows) else []
+    def _micro_batches(self, rows: Tensor, views: Views, samples: Samples) -> list[Tensor]:
+        length_R = samples.canvas.is_real_BS.sum(-1)[views.sample_R[rows]]
+        return [rows[part] for part in micro_batches(length_R, max_views=self.max_views, max_tokens=self.max_tokens)]
 
 
 def _rows(views: Views, samples: Samples, part: Tensor) -> tuple[Views, Canvas]:
