@@ -107,7 +107,7 @@ class Plain:
 
 
 def loss_memory(ours: Ours, plain: Plain) -> tuple[int, int]:
-    """Bytes beyond hidden states, their gradient and the weights' that each loss takes at most, forward and backward."""
+    """Bytes beyond the gradients of hidden states and weights that each loss takes at most, forward and backward."""
     family, views, canvas = (
         ours.engine.family,
         ours.iteration.views,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -52,6 +52,10 @@ class Plugin(BaseModel):
         """The plug-in, constructed with its options and `args`."""
         plugin = resolve(self.table, self.name)
         return plugin(plugin.Config.model_validate(self.model_extra or {}), *args)
+
+    def with_options(self, options: Options) -> Self:
+        """The same plug-in with other options."""
+        return self.model_validate({"name": self.name, **options.model_dump(mode="json")})
 
     @property
     def type(self) -> Any:
@@ -111,6 +115,12 @@ class TrainRecipe(Options):
         "attention; whole layers. Less memory, more time, the same result",
     )
     is_compiled: bool = Field(False, description="run the network through torch.compile; needs a compiler")
+    pack_length: int | None = Field(
+        None,
+        ge=1,
+        description="tokens per forward and backward, instead of micro_batch_views: views are laid end to end, each a "
+        "document that sees itself only, and no padding is computed; never changes the result",
+    )
 
 
 class OptimizerRecipe(Options):

@@ -19,6 +19,11 @@ class Row(NamedTuple):
 
 ALGORITHMS: dict[str, Row] = {
     "sft": Row("dare.algorithms.sft:SFT", "supervised fine-tuning, 1/t-weighted ELBO (LLaDA; BD3-LM on block models)"),
+    "vrpo": Row("dare.algorithms.vrpo:VRPO", "preference pairs: DPO on low-variance ELBOs (LLaDA 1.5)"),
+    "dpo": Row("dare.algorithms.dpo:DPO", "preference pairs: DPO on one draw, two-stream on block models (LLaDA2.0)"),
+    "ipo": Row("dare.algorithms.ipo:IPO", "preference pairs: squared distance of the ELBO score to its target"),
+    "kto": Row("dare.algorithms.kto:KTO", "good and bad completions, not paired (ELBO-KTO)"),
+    "dtrpo": Row("dare.algorithms.dtrpo:DTRPO", "preference pairs: DPO on trajectories, one re-masked state each"),
     "d1": Row("dare.algorithms.d1:D1", "diffu-GRPO: one-step mean-field token ratios with prompt noise"),
     "coupled_grpo": Row("dare.algorithms.coupled_grpo:CoupledGRPO", "token ratios from coupled views (DiffuCoder)"),
     "espo": Row("dare.algorithms.espo:ESPO", "sequence-level ratio of coupled ELBO estimates"),

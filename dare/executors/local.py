@@ -19,6 +19,7 @@ from dare.core.recipe import Recipe
 from dare.core.rng import Key
 from dare.core.spec import FamilySpec
 from dare.core.types import AuxLoss, Canvas, Samples, TraceBatch, Views
+from dare.data.packing import packs
 from dare.executors.compiled import compile_network
 from dare.families.base import Family
 from dare.families.build import build_family
@@ -48,6 +49,7 @@ class LocalEngine:
     ) -> None:
         self.family = family
         self.max_views, self.max_tokens = recipe.train.micro_batch_views, recipe.train.micro_batch_tokens
+        self.pack_length = recipe.train.pack_length
         family.network.recompute = recipe.train.recompute
         self.optimizer = Optimizer(family.network.named_parameters(), recipe.optimizer, num_updates)
         self.reference = copy.deepcopy(family) if needs_reference else None
@@ -70,6 +72,11 @@ class LocalEngine:
         family = build_family(recipe.model, tokenizer, Key(recipe.seed))
         num_updates = recipe.train.steps * recipe.train.updates_per_rollout
         return cls(recipe, family, num_updates=num_updates, needs_reference=needs_reference, critic_lr=critic_lr)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether views are laid end to end instead of padded."""
+        return self.pack_length is not None
 
     @property
     def spec(self) -> FamilySpec:
@@ -116,12 +123,25 @@ class LocalEngine:
         if is_reference and self.reference is None:
             raise ValueError("this engine was built without a reference policy")
         family = self.reference if is_reference and self.reference is not None else self.family
-        score = family.view_logp if role == "policy" else self._critic().view_value
         score_RS = torch.zeros(views.noisy_RS.shape)
         with torch.no_grad():
             for part in self._micro_batches(torch.arange(views.num_views), views, samples):
-                score_RS[part] = score(*_rows(views, samples, part)).cpu()
+                chosen, canvas = _rows(views, samples, part)
+                if role == "policy":
+                    part_RS = family.view_logp(chosen, canvas, is_packed=self.is_packed)
+                else:
+                    part_RS = self._critic().view_value(chosen, canvas)
+                score_RS[part] = part_RS.cpu()
         return score_RS
+
+    def predict(self, views: Views, samples: Samples) -> Tensor:
+        token_RS = torch.zeros(views.noisy_RS.shape, dtype=torch.int64)
+        with torch.no_grad():
+            for part in self._micro_batches(torch.arange(views.num_views), views, samples):
+                chosen, canvas = _rows(views, samples, part)
+                hidden_RTD = self.family.view_hidden(chosen, canvas, is_packed=self.is_packed)
+                token_RS[part] = self.family.target_argmax(hidden_RTD, chosen).cpu()
+        return token_RS
 
     def accumulate(
         self,
@@ -143,7 +163,7 @@ class LocalEngine:
                 score = self._critic().view_value(chosen, canvas)
                 total = (grad_RS[part].to(score.device) * score).sum()
             else:
-                hidden_RTD = self.family.view_hidden(chosen, canvas, self.load_of_step)
+                hidden_RTD = self.family.view_hidden(chosen, canvas, self.load_of_step, is_packed=self.is_packed)
                 total, score = self.family.target_total(hidden_RTD, chosen, grad_RS[part])
                 if auxiliary is not None:
                     terms = self._aux_terms(hidden_RTD, chosen, auxiliary, part)
@@ -203,7 +223,12 @@ class LocalEngine:
         return [value_A.sum()]
 
     def _micro_batches(self, rows: Tensor, views: Views, samples: Samples) -> list[Tensor]:
+        """The views `rows` in parts of one forward each: of about equal length, or packs of so many tokens."""
+        if not len(rows):
+            return []
         length_R = samples.canvas.is_real_BS.sum(-1)[views.sample_R[rows]]
+        if self.pack_length is not None:
+            return [rows[torch.tensor(pack)] for pack in packs(length_R.tolist(), self.pack_length)]
         return [rows[part] for part in micro_batches(length_R, max_views=self.max_views, max_tokens=self.max_tokens)]
 
 

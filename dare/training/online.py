@@ -20,13 +20,13 @@ from dare.core.recipe import Recipe
 from dare.core.rng import Key, stable_id
 from dare.core.text import Prompt
 from dare.core.types import Drafts, Samples, TraceBatch
+from dare.data.order import row_indices
 from dare.diffusion.trace import draft_tokens, scored_mask
 from dare.evals.runner import Scored, as_record, evaluate_task, score_trace
 from dare.families.tokenizer import decode as decode_text
 from dare.families.tokenizer import encode_prompt
 from dare.rollout.stats import rollout_stats
 from dare.tasks.base import Task
-from dare.training.data import row_indices
 from dare.training.session import Session
 from dare.training.update import plan_iterations, update
 

@@ -37,6 +37,7 @@ _MAY_CHANGE = (
     ("train", "steps"),
     ("train", "micro_batch_views"),
     ("train", "micro_batch_tokens"),
+    ("train", "pack_length"),
     ("train", "recompute"),
 )
 

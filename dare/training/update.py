@@ -41,6 +41,8 @@ def plan_iterations(engine: Engine, algorithm: Algorithm[Any], samples: Samples,
     plans = []
     for index in range(num):
         views = algorithm.corrupt(samples, key.fold(index))
+        for _ in range(algorithm.num_predictions):
+            views = algorithm.with_predictions(views, samples, engine.predict(views, samples))
         old = engine.score(views, samples) if index > 0 and algorithm.needs_old else None
         reference = engine.score(views, samples, is_reference=True) if algorithm.needs_reference else None
         judgement = None

@@ -80,6 +80,7 @@ def samples_of(family: Family, rows: tuple[int, ...] = (0, 1, 2, 3), *, num_padd
         mask_id=family.spec.mask_id,
         step_map_BS=torch.where(is_completion_BS, (offset_BS * 5 % 7) // 3 + 3 * canvas.block_BS.clamp(min=0), -1),
         rollout_logp_BS=torch.zeros(canvas.input_BS.shape),
+        reward_B=torch.tensor([1.0 - row % 2 for row in rows]),
     )
 
 

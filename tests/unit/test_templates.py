@@ -18,9 +18,10 @@ import pytest
 from dare.core.data_recipe import DataRecipe
 from dare.core.decode import Decode
 from dare.core.spec import FamilySpec
+from dare.data.rows import Row
 from dare.families.convert import DEFAULT_MASK_TOKEN
 from dare.families.tokenizer import decode, encode_messages, encode_text, load_tokenizer
-from dare.training.data import Row, encode_rows
+from dare.training.data import encode_rows
 
 # Written anew from the formats that the published checkpoints document.
 LLADA = (

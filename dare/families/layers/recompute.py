@@ -38,7 +38,7 @@ def run_layer(
     # Nothing here is random, so there is no generator state to restore.
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if recompute == "selective":
-        options["context_fn"] = lambda: create_selective_checkpoint_contexts(_KEPT)
+        options["context_fn"] = lambda: create_selective_checkpoint_contexts(_KEPT)  # type: ignore[no-untyped-call]
     result: Tensor = checkpoint(layer, x_BTD, index, call, **options)
     return result
 
