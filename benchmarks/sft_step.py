@@ -24,17 +24,17 @@ from dare.algorithms.base import Algorithm
 from dare.core.recipe import Recipe, parse_recipe
 from dare.core.rng import Key
 from dare.core.types import Samples
+from dare.data.rows import EncodedRow
 from dare.diffusion import blocks
 from dare.executors.local import LocalEngine
 from dare.families.base import Family
 from dare.families.layers.head import chunk_rows
 from dare.families.weights import create_family
-from dare.training.data import EncodedRow
 from dare.training.live_bytes import LiveBytes
 from dare.training.offline import rows_to_samples
 from dare.training.update import plan_iterations, update
 
-VOCAB, WIDTH, NUM_ROWS = 32768, 512, 16
+VOCAB, WIDTH, NUM_ROWS = 32768, 512, 8
 MASK_ID, EOS_ID, PAD_ID = VOCAB - 1, VOCAB - 2, VOCAB - 3
 
 
@@ -44,7 +44,7 @@ def recipe() -> Recipe:
         "model": {"path": "unused"},
         "algorithm": {"name": "sft", "norm": "token"},
         "task": "chain_sum",
-        "train": {"micro_batch_tokens": 1024},
+        "train": {"micro_batch_tokens": 512},
     }
     return parse_recipe(data, where="benchmark")
 
@@ -146,7 +146,7 @@ def best_times(ours: Ours, plain: Plain, repeats: int) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--layers", type=int, nargs="+", default=[4, 8])
+    parser.add_argument("--layers", type=int, nargs="+", default=[4])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "sft_step.txt")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from dare.cli_data import data_app
 from dare.cli_models import chat, convert
 from dare.cli_options import Checkpoint, DecodeOptions, Device, Dtype, Overrides, RecipeFile, load_model, token_text
 from dare.core.errors import DareError
@@ -44,7 +45,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-data_app = typer.Typer(help="Look at training data.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data_app, name="data")
 
 
@@ -242,35 +242,6 @@ def list_tables(
     from dare.terminal.listing import listing
 
     typer.echo(listing(table))
-
-
-@data_app.command("inspect", short_help="Show rows and which positions carry loss.")
-def inspect(
-    recipe: RecipeFile,
-    overrides: Overrides = None,
-    *,
-    num: Annotated[int, typer.Option(min=1, help="rows to show")] = 2,
-) -> None:
-    """Show training rows as the model sees them: which positions carry loss, where EOS is, how long they are.
-
-    \b
-    Example:
-      dare data inspect recipes/tiny/llada_sft.yaml --num 3
-    """
-    from dare.core.recipe import load_recipe
-
-    resolved = load_recipe(recipe, overrides or [])
-    from rich.console import Console
-
-    from dare.terminal.rows import print_legend, print_row
-    from dare.training.data import inspect_row
-    from dare.training.run import training_rows
-
-    tokenizer, rows = training_rows(resolved)
-    console = Console(highlight=False)
-    for row in rows[:num]:
-        print_row(row.uid, inspect_row(tokenizer, row), console)
-    print_legend(console)
 
 
 @app.command(short_help="Write a report of a run as HTML, PNG, SVG and Markdown.")

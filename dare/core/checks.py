@@ -22,11 +22,23 @@ def check(recipe: Recipe) -> list[str]:
         attention = FAMILIES[family].attention if family in FAMILIES else None
         if attention is not None:
             check_attention(recipe.algorithm.name, algorithm, attention)
+    _check_reference(recipe, algorithm)
     warnings = _check_online(recipe, algorithm) if algorithm.kind == "online" else _check_offline(recipe)
     _check_blocks(recipe)
     if recipe.evaluation.num < 30 and recipe.task is not None:
         warnings.append(f"evaluation.num {recipe.evaluation.num} gives intervals too wide to compare anything")
     return warnings
+
+
+def _check_reference(recipe: Recipe, algorithm: Any) -> None:
+    """Stored log-probs need batches that are known beforehand, and somebody who reads them."""
+    if recipe.reference.mode == "live":
+        return
+    name = recipe.algorithm.name
+    is_online = algorithm.kind == "online"
+    if is_online or not recipe.algorithm.build().needs_reference:
+        reason = "trains on rollouts, which are not known beforehand" if is_online else "has no reference policy"
+        raise DareError(f"{name} {reason}", where="reference.mode", got="stored", fix="remove the reference section")
 
 
 def check_attention(name: str, algorithm: Any, attention: str) -> None:

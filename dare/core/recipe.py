@@ -21,6 +21,7 @@ from dare.core.decode import Decode
 from dare.core.errors import DareError
 from dare.core.options import Options
 from dare.core.recipe_errors import explain
+from dare.core.reference_recipe import ReferenceRecipe
 from dare.core.registry import resolve
 
 
@@ -170,6 +171,7 @@ class Recipe(Options):
     data: DataRecipe | None = Field(None, description="offline rows; default: the task's problems and answers")
     decode: Decode = Decode()
     train: TrainRecipe = TrainRecipe()
+    reference: ReferenceRecipe = ReferenceRecipe()
     optimizer: OptimizerRecipe = OptimizerRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
     checkpoint: CheckpointRecipe = CheckpointRecipe()
@@ -194,9 +196,14 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         if "base" in base:
             raise DareError("a base recipe cannot have a base itself", where=str(parent_path), fix="merge the two")
         data = _merge(base, data)
+    return parse_recipe(with_overrides(data, overrides), where=str(path))
+
+
+def with_overrides(data: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """`data` itself, changed by dotted overrides. Raises DareError for one that cannot be read."""
     for override in overrides:
         _apply(data, override)
-    return parse_recipe(data, where=str(path))
+    return data
 
 
 def parse_recipe(data: dict[str, Any], *, where: str) -> Recipe:

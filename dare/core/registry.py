@@ -19,6 +19,9 @@ class Row(NamedTuple):
 
 ALGORITHMS: dict[str, Row] = {
     "sft": Row("dare.algorithms.sft:SFT", "supervised fine-tuning, 1/t-weighted ELBO (LLaDA; BD3-LM on block models)"),
+    "trace_sft": Row(
+        "dare.algorithms.trace_sft:TraceSFT", "distillation of the model's own verified trajectories, steps merged"
+    ),
     "vrpo": Row("dare.algorithms.vrpo:VRPO", "preference pairs: DPO on low-variance ELBOs (LLaDA 1.5)"),
     "dpo": Row("dare.algorithms.dpo:DPO", "preference pairs: DPO on one draw, two-stream on block models (LLaDA2.0)"),
     "ipo": Row("dare.algorithms.ipo:IPO", "preference pairs: squared distance of the ELBO score to its target"),

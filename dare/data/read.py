@@ -14,7 +14,6 @@ from dare.data.rows import AnyRow
 from dare.data.sources import read_records
 
 _PEEK = 1000  # rows whose columns decide the format
-_KEPT_ERRORS = 100
 
 
 @dataclass
@@ -25,7 +24,7 @@ class Tally:
     num_bad        malformed, and left out
     num_dropped    too long, and left out
     num_truncated  too long, and cut
-    errors         the first of the malformed rows
+    errors         of the first malformed rows, at most `max_errors`
     """
 
     num_read: int = 0
@@ -33,11 +32,12 @@ class Tally:
     num_dropped: int = 0
     num_truncated: int = 0
     errors: list[DareError] = field(default_factory=list)
+    max_errors: int = 100
 
     def skip(self, error: DareError) -> None:
         """Count a malformed row."""
         self.num_bad += 1
-        if len(self.errors) < _KEPT_ERRORS:
+        if len(self.errors) < self.max_errors:
             self.errors.append(error)
 
     def warnings(self) -> list[str]:

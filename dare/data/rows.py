@@ -112,5 +112,16 @@ class PreferencePair:
         return self.chosen.num_tokens + self.rejected.num_tokens
 
 
+@dataclass(frozen=True, slots=True)
+class LabelledRow:
+    """A completion that is good or bad, without another one to compare it with."""
+
+    row: EncodedRow
+    is_good: bool
+
+
+Example = EncodedRow | PreferencePair | LabelledRow  # what offline algorithms train on
+
+
 def _text(part: str | Messages) -> str:
     return part if isinstance(part, str) else "".join(message["content"] for message in part)

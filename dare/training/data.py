@@ -59,6 +59,7 @@ class RowEncoder:
         self.on_too_long = data.on_too_long
         self.is_skipping = data.on_bad_row == "skip"
         self.loss_roles = data.loss_roles
+        self._is_known_role: dict[str, bool] = {}
         self._special_ids = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
 
     def encode(self, row: AnyRow) -> list[EncodedRow]:
@@ -80,7 +81,7 @@ class RowEncoder:
             prompt_ids, side = self._encode_side(row.where, row.prompt, row.completion)
             fitted = self._fit(row.where, prompt_ids, [self._with_eos(side, len(prompt_ids))])
         except DareError as error:
-            self._skip(error)
+            self.skip(error)
             return []
         if fitted is None:
             return []
@@ -104,13 +105,14 @@ class RowEncoder:
             if sides[0] == sides[1]:
                 raise DareError("chosen and rejected are the same tokens", where=row.where, fix="remove the row")
         except DareError as error:
-            self._skip(error)
+            self.skip(error)
             return None
         names = ("chosen", "rejected")
         ends = [EncodedRow(f"{row.uid}/{name}", prompt_ids, *side) for name, side in zip(names, sides, strict=True)]
         return PreferencePair(row.uid, *ends)
 
-    def _skip(self, error: DareError) -> None:
+    def skip(self, error: DareError) -> None:
+        """Count a row that cannot be encoded. Raises its error unless such rows are skipped."""
         if not self.is_skipping:
             raise error
         self.tally.skip(error)
@@ -246,6 +248,8 @@ class RowEncoder:
         mark what the assistant says with `{% generation %}`.
         """
         conversation = [*prompt, *completion]
+        for index, message in enumerate(conversation):
+            self._check_role(where, message["role"], conversation, index)
         num_turns = sum(message["role"] in self.loss_roles for message in completion)
         found = self._scored_turns(where, conversation, len(prompt))
         ids, is_scored = found or self._marked_turns(where, conversation, num_turns)
@@ -253,6 +257,18 @@ class RowEncoder:
             raise DareError("the completion has no tokens", where=where)
         first = is_scored.index(True)
         return ids[:first], _Side(ids[first:], is_scored[first:])
+
+    def _check_role(self, where: str, role: str, conversation: Sequence[Message], index: int) -> None:
+        """A template may refuse a role, which is an error by itself, or leave its messages out without a word."""
+        if role not in self._is_known_role:
+            rest = [*conversation[:index], *conversation[index + 1 :]]
+            whole = self._render(where, conversation, is_open=False)
+            try:
+                self._is_known_role[role] = not rest or whole != self._render(where, rest, is_open=False)
+            except DareError:  # the rest alone is no conversation, so the message counted
+                self._is_known_role[role] = True
+        if not self._is_known_role[role]:
+            raise DareError(f"the chat template leaves out messages of the role '{role}'", where=where)
 
     def _scored_turns(
         self, where: str, conversation: Sequence[Message], num_given: int

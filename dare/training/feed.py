@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dare.algorithms.base import RowKind
 from dare.core.data_recipe import DataRecipe, MixedSource
 from dare.core.errors import DareError
 from dare.core.recipe import Recipe
@@ -14,10 +15,10 @@ from dare.core.rng import Key
 from dare.core.spec import FamilySpec
 from dare.data.order import Mixture, Shuffled, Stream, Windowed
 from dare.data.read import Tally, iterate_rows, load_source
-from dare.data.rows import AnyRow, EncodedRow, PreferencePair
+from dare.data.rows import AnyRow, Example, PreferencePair
 from dare.tasks.base import Task
 from dare.training.data import RowEncoder, require_rows, task_rows
-from dare.training.pairs import task_pairs
+from dare.training.pairs import encode_labelled, task_pairs
 
 T = TypeVar("T")
 Encode = Callable[[RowEncoder, AnyRow], list[T]]
@@ -56,26 +57,26 @@ def text_sources(recipe: Recipe, task: Task[Any] | None, tally: Tally, *, has_pa
     return found
 
 
-def row_stream(
-    sources: list[TextSource], recipe: Recipe, tokenizer: Any, spec: FamilySpec, tally: Tally
-) -> Stream[EncodedRow]:
-    """The endless sequence of rows that the steps of a run cut into batches; `tally` counts the first epoch.
+def example_stream(
+    kind: RowKind, sources: list[TextSource], recipe: Recipe, tokenizer: Any, spec: FamilySpec, tally: Tally
+) -> Stream[Example]:
+    """The endless sequence of examples that the steps of a run cut into batches; `tally` counts the first epoch.
 
     Raises DareError naming the first row in memory that cannot be encoded, or if none is left.
     """
-    return _stream(sources, recipe, RowEncoder.encode, tokenizer, spec, tally)
+    return _stream(sources, recipe, _ENCODERS[kind], tokenizer, spec, tally)
 
 
-def pair_stream(
-    sources: list[TextSource], recipe: Recipe, tokenizer: Any, spec: FamilySpec, tally: Tally
-) -> Stream[PreferencePair]:
-    """As `row_stream`, of preference pairs."""
+def _encode_pair(encoder: RowEncoder, row: AnyRow) -> list[PreferencePair]:
+    pair = encoder.encode_pair(row)
+    return [] if pair is None else [pair]
 
-    def encode(encoder: RowEncoder, row: AnyRow) -> list[PreferencePair]:
-        pair = encoder.encode_pair(row)
-        return [] if pair is None else [pair]
 
-    return _stream(sources, recipe, encode, tokenizer, spec, tally)
+_ENCODERS: dict[RowKind, Encode[Any]] = {
+    "completions": RowEncoder.encode,
+    "pairs": _encode_pair,
+    "labelled": encode_labelled,
+}
 
 
 def _stream(

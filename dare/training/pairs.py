@@ -1,4 +1,4 @@
-"""Preference pairs from a task's own problems."""
+"""Preferences: pairs from a task's own problems, and good and bad completions from pairs or labelled rows."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Any
 
 from dare.core.errors import DareError
 from dare.core.text import Prompt
-from dare.data.rows import Messages, PairRow, Row
+from dare.data.rows import AnyRow, LabelledRow, Messages, PairRow, Row
 from dare.tasks.base import Task
-from dare.training.data import task_rows
+from dare.training.data import RowEncoder, task_rows
 
 
 def task_pairs(task: Task[Any]) -> list[PairRow]:
@@ -26,6 +26,29 @@ def task_pairs(task: Task[Any]) -> list[PairRow]:
     if not pairs:
         raise DareError("the task has no wrong answers to compare with", where="task", fix="give data.path")
     return pairs
+
+
+def encode_labelled(encoder: RowEncoder, row: AnyRow) -> list[LabelledRow]:
+    """Both sides of a pair, or a row whose column `label` is true or false (1 or 0); fewer if rows are left out.
+
+    Raises DareError naming a row without such a label, unless malformed rows are skipped.
+    """
+    if isinstance(row, PairRow):
+        pair = encoder.encode_pair(row)
+        return [] if pair is None else [LabelledRow(pair.chosen, True), LabelledRow(pair.rejected, False)]
+    label = row.meta.get("label") if isinstance(row, Row) else None
+    if label not in (True, False):
+        error = DareError(
+            "the row does not say whether its completion is good",
+            where=row.where,
+            got=f"label {label!r}",
+            expected="prompt, completion and label (true or false), or prompt, chosen and rejected",
+        )
+        if not encoder.is_skipping:
+            raise error
+        encoder.tally.skip(error)
+        return []
+    return [LabelledRow(found, bool(label)) for found in encoder.encode(row)]
 
 
 def _is_wrong(task: Task[Any], prompt: Prompt, other: Row) -> bool:

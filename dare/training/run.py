@@ -7,19 +7,16 @@ from typing import Any
 
 from dare.algorithms.base import Algorithm
 from dare.core.checks import check, check_attention
-from dare.core.data_recipe import DataRecipe
 from dare.core.errors import DareError
 from dare.core.recipe import Recipe
 from dare.core.registry import resolve
 from dare.data.read import Tally
-from dare.data.rows import EncodedRow
 from dare.families.build import family_spec
 from dare.families.tokenizer import char_tokenizer, load_tokenizer
 from dare.tasks.base import Task
 from dare.training.checkpoint import resolve_model_path
-from dare.training.data import encode_pairs, encode_rows
-from dare.training.feed import TextSource, pair_stream, row_stream, text_sources
-from dare.training.offline import rows_of, run_offline
+from dare.training.feed import TextSource, example_stream, text_sources
+from dare.training.offline import run_offline
 from dare.training.online import run_online
 from dare.training.session import Reporter, Session
 
@@ -41,12 +38,11 @@ def train(recipe: Recipe, run_dir: Path, reporter: Reporter, *, is_resumed: bool
     check_attention(recipe.algorithm.name, algorithm, spec.attention)
     algorithm = algorithm.adapted(spec)
     recipe = recipe.model_copy(update={"algorithm": recipe.algorithm.with_options(algorithm.options)})
-    stream = pair_stream if has_pairs else row_stream
-    examples = stream(sources, recipe, tokenizer, spec, tally) if sources else None
+    kind = algorithm.row_kind
+    examples = example_stream(kind, sources, recipe, tokenizer, spec, tally) if sources else None
+    is_reference_held = algorithm.needs_reference and recipe.reference.mode == "live"
     executor = resolve("executors", recipe.executor)
-    engine = executor.create(
-        recipe, tokenizer, needs_reference=algorithm.needs_reference, critic_lr=algorithm.critic_lr
-    )
+    engine = executor.create(recipe, tokenizer, needs_reference=is_reference_held, critic_lr=algorithm.critic_lr)
     session = Session(recipe, run_dir, reporter, is_resumed=is_resumed)
     for warning in [*warnings, *tally.warnings()]:
         reporter.message(f"warning: {warning}")
@@ -65,25 +61,6 @@ def train(recipe: Recipe, run_dir: Path, reporter: Reporter, *, is_resumed: bool
         session.close("failed", error=str(error))
         raise
     return session.close("finished", checkpoint=resolve_model_path(str(run_dir)))
-
-
-def training_rows(recipe: Recipe) -> tuple[Any, list[EncodedRow]]:
-    """The tokenizer and one epoch of the rows that an offline recipe trains on, without loading any weights.
-
-    Both sides of a pair are rows, the chosen one first.
-    """
-    recipe = with_checkpoint(recipe)
-    task: Task[Any] | None = recipe.task.build(recipe.seed) if recipe.task else None
-    has_pairs = recipe.algorithm.type.row_kind != "completions"
-    sources = text_sources(recipe, task, Tally(), has_pairs=has_pairs)
-    tokenizer = model_tokenizer(recipe, task, sources)
-    rows = (row for source in sources for row in source.read(Tally()))
-    spec = family_spec(recipe.model, tokenizer)
-    data = recipe.data or DataRecipe()
-    if has_pairs:
-        pairs = encode_pairs(tokenizer, rows, data, recipe.decode, spec)
-        return tokenizer, [row for pair in pairs for row in rows_of(pair)]
-    return tokenizer, encode_rows(tokenizer, rows, data, recipe.decode, spec)
 
 
 def with_checkpoint(recipe: Recipe) -> Recipe:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dare.algorithms.sft import SFT, SFTOptions
 from dare.algorithms.sft_presets import PRESETS
+from dare.algorithms.trace_sft import TraceSFT, TraceSFTOptions
 from dare.core.errors import DareError
 from dare.core.rng import Key
 from dare.core.spec import FamilySpec
@@ -374,3 +375,25 @@ def test_settings_that_do_not_fit_the_familys_preset_are_refused() -> None:
 def test_edits_need_a_vocabulary() -> None:
     with pytest.raises(ValueError, match="adapted to a family"):
         SFT(SFTOptions(edit_rate=0.1)).corrupt(ragged(), Key(0))
+
+
+# 5. Trace distillation
+
+
+@pytest.mark.parametrize(("shrink", "expected"), [(1, -5.1106705979), (4, -4.4355513900)])
+def test_trace_distillation_learns_verified_rollouts_only(shrink: int, expected: float) -> None:
+    """One state per token of the stored trace, or one state for the whole of it; the nll of a token on average."""
+    samples = toy.make_samples([toy.COMPLETION] * 3, step_maps=[[1, 0, 2, 1]] * 3)
+    algorithm = TraceSFT(TraceSFTOptions(shrink=shrink, min_reward=0.5))
+    reward_B = torch.tensor([1.0, 0.4, 0.5])
+    samples.advantage_B = algorithm.advantages(reward_B, samples.group_B)
+    assert samples.advantage_B.tolist() == [1.0, 0.0, 1.0]
+    views = algorithm.corrupt(samples, Key(0))
+    logp_RS = logp_of(views, samples).requires_grad_()
+    loss = algorithm.loss(logp_RS, logp_RS, None, views, samples)
+    assert float(loss.value.detach()) == pytest.approx(-expected / 4, rel=1e-9)
+    assert loss.metrics["learnt"].mean == pytest.approx(2 / 3)
+    (grad_RS,) = torch.autograd.grad(loss.value, logp_RS)
+    assert not bool((grad_RS[views.sample_R == 1] != 0).any())
+    samples.advantage_B.zero_()
+    assert float(algorithm.loss(logp_RS, logp_RS, None, views, samples).value.detach()) == 0.0
