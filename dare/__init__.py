@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dare.api import average as average
     from dare.api import convert as convert
     from dare.api import evaluate as evaluate
     from dare.api import train as train
@@ -19,11 +20,12 @@ if TYPE_CHECKING:
 _HOMES = {
     "load": "dare.model",
     "Model": "dare.model",
+    "average": "dare.api",
     "convert": "dare.api",
     "evaluate": "dare.api",
     "train": "dare.api",
 }
-__all__ = ["Model", "convert", "evaluate", "load", "train"]
+__all__ = ["Model", "average", "convert", "evaluate", "load", "train"]
 
 
 def __getattr__(name: str) -> Any:

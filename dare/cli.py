@@ -8,9 +8,11 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from dare.cli_average import average
 from dare.cli_data import data_app
 from dare.cli_models import chat, convert
 from dare.cli_options import Checkpoint, DecodeOptions, Device, Dtype, Overrides, RecipeFile, load_model, token_text
+from dare.cli_plan import plan
 from dare.core.errors import DareError
 
 EXIT_USER_ERROR = 2
@@ -173,6 +175,8 @@ def generate(
 
 app.command(short_help="Talk to a model; its canvas streams.")(chat)
 app.command(short_help="Make a diffusion model of an autoregressive one.")(convert)
+app.command(short_help="Memory and speed of a recipe, before it runs.")(plan)
+app.command(short_help="Average the weights of several checkpoints.")(average)
 
 
 @app.command(short_help="Check recipes without running them.")

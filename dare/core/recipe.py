@@ -23,6 +23,7 @@ from dare.core.options import Options
 from dare.core.recipe_errors import explain
 from dare.core.reference_recipe import ReferenceRecipe
 from dare.core.registry import resolve
+from dare.core.validation_recipe import ValidationRecipe
 
 
 class Plugin(BaseModel):
@@ -154,8 +155,11 @@ class CheckpointRecipe(Options):
 
 class LogRecipe(Options):
     every: int = Field(1, ge=1, description="steps between lines on the console")
-    samples_every: int = Field(20, ge=1, description="steps between logged completions")
+    samples_every: int | None = Field(20, ge=1, description="steps between logged completions; null: only at the end")
     tensorboard: bool = Field(False, description="needs the extra dare-dllm[tensorboard]")
+    peak_tflops: float | None = Field(
+        None, gt=0.0, description="the device's peak in TFLOP/s, for the utilisation (MFU); default: known GPUs'"
+    )
     wandb_project: str | None = Field(None, description="needs the extra dare-dllm[wandb]")
 
 
@@ -174,6 +178,7 @@ class Recipe(Options):
     reference: ReferenceRecipe = ReferenceRecipe()
     optimizer: OptimizerRecipe = OptimizerRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
+    validation: ValidationRecipe | None = Field(None, description="offline: held-out loss; default: none")
     checkpoint: CheckpointRecipe = CheckpointRecipe()
     log: LogRecipe = LogRecipe()
 

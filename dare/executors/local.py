@@ -24,6 +24,7 @@ from dare.executors.compiled import compile_network
 from dare.families.base import Family
 from dare.families.build import build_family
 from dare.families.critic import Critic
+from dare.families.flops import training_flops
 from dare.families.layers.moe import ExpertLoad
 from dare.families.weights import load_weights, save_family
 from dare.rollout.engine import denoise
@@ -60,6 +61,7 @@ class LocalEngine:
             self.critic.family.network.eval()
         self.weights_version = 0
         self.load_of_step = ExpertLoad()
+        self.flops_of_step = 0.0
         if recipe.train.is_compiled:
             compile_network(self.family.network)
         self.family.network.eval()  # dropout off: both passes of an update must be the same function
@@ -155,6 +157,8 @@ class LocalEngine:
         is_run_R = (grad_RS != 0).any(-1)
         if auxiliary is not None:
             is_run_R[auxiliary.view_A] = True
+        if role == "policy":
+            self.flops_of_step += training_flops(self.family, *_rows(views, samples, is_run_R.nonzero()[:, 0]))
         score_RS = torch.full(views.noisy_RS.shape, torch.nan)
         for part in self._micro_batches(is_run_R.nonzero()[:, 0], views, samples):
             chosen, canvas = _rows(views, samples, part)
@@ -174,7 +178,8 @@ class LocalEngine:
     def step(self, role: Role = "policy") -> dict[str, float]:
         if role == "policy":
             load, self.load_of_step = self.load_of_step, ExpertLoad()
-            return {**self.optimizer.step(), **load.metrics()}
+            flops, self.flops_of_step = self.flops_of_step, 0.0
+            return {**self.optimizer.step(), **load.metrics(), "model_tflop": flops / 1e12}
         self._critic()
         return self.critic_optimizer.step()
 

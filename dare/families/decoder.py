@@ -29,6 +29,7 @@ class StackedNetwork(Network):
     def __init__(self, shape: DenseShape, model: nn.Module) -> None:
         super().__init__()
         self.num_layers = shape.num_layers
+        self.num_heads = shape.num_heads
         self.num_kv_heads = shape.num_kv_heads
         self.head_dim = shape.head_dim
         self.logit_scale = shape.logit_scale
@@ -50,6 +51,11 @@ class StackedNetwork(Network):
             x_BTD = run_layer(layer, x_BTD, index, call, self.recompute)
         normed: Tensor = self.model.norm(x_BTD)
         return normed
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        found: nn.ModuleList = self.model.layers
+        return found
 
     @property
     def head_weight(self) -> Tensor:

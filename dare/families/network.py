@@ -18,6 +18,7 @@ class Network(nn.Module, ABC):
     """The native transformer of a family; its state dict has the names and shapes of the official checkpoint."""
 
     num_layers: int
+    num_heads: int
     num_kv_heads: int
     head_dim: int
     logit_scale: float
@@ -33,6 +34,11 @@ class Network(nn.Module, ABC):
         cache        keys and values of this call are written at slot = position before attention reads all
                      slots; a slot that is overwritten later simply holds the later value
         """
+
+    @property
+    @abstractmethod
+    def layers(self) -> nn.ModuleList:
+        """The stack, first layer first."""
 
     @property
     @abstractmethod

@@ -49,6 +49,16 @@ def load_family(path: str | Path, dtype: torch.dtype | None = None, device: torc
     return Family(spec, network, config, generation_config, buffer_dtypes, read_code_files(folder, config))
 
 
+def outline(path: str | Path) -> Family:
+    """The family of a checkpoint folder without its weights, which stay on the meta device. Raises as `read_spec`."""
+    folder = Path(path)
+    family_type, spec, config, generation_config = _describe(folder)
+    try:
+        return Family(spec, _build(family_type, config), config, generation_config)
+    except DareError as error:
+        raise error.inside(str(folder)) from None
+
+
 def read_code_files(folder: Path, config: Config) -> dict[str, bytes]:
     """The code that a checkpoint brings along, unread, by file name; {} if its config names none (`auto_map`).
 

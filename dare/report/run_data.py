@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ class RunData:
     timing: list[Record]
     evaluations: list[Record]
     samples: list[Record]
+    validations: list[Record] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -82,7 +83,7 @@ def load_run(path: Path) -> RunData:
         )
     recipe_text = recipe_file.read_text(encoding="utf-8") if recipe_file.is_file() else ""
     info_file = path / "run.json"
-    logs = {name: _read_log(path / f"{name}.jsonl") for name in ("metrics", "timing", "eval", "samples")}
+    logs = {name: _read_log(path / f"{name}.jsonl") for name in ("metrics", "timing", "eval", "validation", "samples")}
     return RunData(
         path=path,
         recipe=_parse_recipe(recipe_text, recipe_file),
@@ -91,6 +92,7 @@ def load_run(path: Path) -> RunData:
         metrics=logs["metrics"],
         timing=logs["timing"],
         evaluations=logs["eval"],
+        validations=logs["validation"],
         samples=logs["samples"],
     )
 

@@ -19,6 +19,7 @@ from dare.training.feed import TextSource, example_stream, text_sources
 from dare.training.offline import run_offline
 from dare.training.online import run_online
 from dare.training.session import Reporter, Session
+from dare.training.validation import validation_rows
 
 
 def train(recipe: Recipe, run_dir: Path, reporter: Reporter, *, is_resumed: bool = False) -> dict[str, Any]:
@@ -40,6 +41,7 @@ def train(recipe: Recipe, run_dir: Path, reporter: Reporter, *, is_resumed: bool
     recipe = recipe.model_copy(update={"algorithm": recipe.algorithm.with_options(algorithm.options)})
     kind = algorithm.row_kind
     examples = example_stream(kind, sources, recipe, tokenizer, spec, tally) if sources else None
+    held_out = validation_rows(recipe, task, tokenizer, spec)
     is_reference_held = algorithm.needs_reference and recipe.reference.mode == "live"
     executor = resolve("executors", recipe.executor)
     engine = executor.create(recipe, tokenizer, needs_reference=is_reference_held, critic_lr=algorithm.critic_lr)
@@ -51,7 +53,7 @@ def train(recipe: Recipe, run_dir: Path, reporter: Reporter, *, is_resumed: bool
             engine.load(session.resumed_from)
             engine.publish()
         if examples is not None:
-            run_offline(session, engine, algorithm, examples, task, tokenizer)
+            run_offline(session, engine, algorithm, examples, task, tokenizer, held_out)
         elif task is not None:
             run_online(session, engine, algorithm, task, tokenizer)
     except KeyboardInterrupt:

@@ -144,8 +144,7 @@ def test_packs_hold_every_row_once_within_the_capacity(lengths: list[int], capac
     for pack in found:
         assert len(pack) == 1 or sum(lengths[index] for index in pack) <= capacity
     assert all(
-        sum(lengths[i] for i in first) + lengths[second[0]] > capacity
-        for first, second in itertools.pairwise(found)
+        sum(lengths[i] for i in first) + lengths[second[0]] > capacity for first, second in itertools.pairwise(found)
     )
 
 

@@ -19,6 +19,7 @@ class LLaDANetwork(Network):
     def __init__(self, shape: DenseShape) -> None:
         super().__init__()
         self.num_layers = shape.num_layers
+        self.num_heads = shape.num_heads
         self.num_kv_heads = shape.num_kv_heads
         self.head_dim = shape.head_dim
         self.logit_scale = shape.logit_scale
@@ -34,6 +35,10 @@ class LLaDANetwork(Network):
             x_BTD = run_layer(block, x_BTD, layer, call, self.recompute)
         normed: Tensor = transformer.ln_f(x_BTD)
         return normed
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.model.transformer.blocks
 
     @property
     def head_weight(self) -> Tensor:
