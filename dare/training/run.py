@@ -12,6 +12,7 @@ from dare.core.recipe import Recipe
 from dare.core.registry import resolve
 from dare.data.read import Tally
 from dare.families.build import family_spec
+from dare.families.hub import resolve_checkpoint
 from dare.families.tokenizer import char_tokenizer, load_tokenizer
 from dare.tasks.base import Task
 from dare.training.checkpoint import resolve_model_path
@@ -76,7 +77,7 @@ def with_checkpoint(recipe: Recipe) -> Recipe:
 def model_tokenizer(recipe: Recipe, task: Task[Any] | None, sources: list[TextSource]) -> Any:
     """The checkpoint's tokenizer; for a new model one token per character of the task or of the data."""
     if recipe.model.path is not None:
-        tokenizer = load_tokenizer(recipe.model.path)
+        tokenizer = load_tokenizer(resolve_checkpoint(recipe.model.path))
         if tokenizer is None:
             raise DareError(
                 "the checkpoint has no tokenizer",
