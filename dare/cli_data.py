@@ -68,8 +68,7 @@ def inspect(
     if first is not None:
         lengths["completion"] = [len(row.completion_ids) for row in found.rows]
         lengths["whole row"] = [row.num_tokens for row in found.rows]
-    which = "all" if found.is_whole else "the first"
-    console.print(f"\nlengths of {which} {len(found.rows)} rows")
+    console.print(f"\nlengths of {'all' if found.is_whole else 'the first'} {len(found.rows)} rows")
     for name, values in lengths.items():
         print_lengths(name, values, console)
     for warning in found.tally.warnings() or ["no row was skipped, dropped or cut"]:

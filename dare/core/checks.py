@@ -14,7 +14,6 @@ from dare.core.registry import FAMILIES, check_name
 
 def check(recipe: Recipe) -> list[str]:
     """Warnings about doubtful settings. Raises DareError for settings that cannot work."""
-    check_name("executors", recipe.executor, where="executor")
     algorithm = recipe.algorithm.type
     if recipe.model.create is not None:
         family = recipe.model.create.family
@@ -136,7 +135,7 @@ def _check_records(recipe: Recipe, algorithm: Any) -> None:
 
 
 def _check_offline(recipe: Recipe) -> list[str]:
-    if recipe.task is None and (recipe.data is None or recipe.data.path is None):
+    if recipe.task is None and (recipe.data is None or not recipe.data.all_sources):
         raise DareError(
             "there is nothing to train on", where="data.path", got="none", fix="give data.path, or a task with answers"
         )

@@ -14,7 +14,7 @@ from dare.data.sources import Columns, Record
 _ROLES: tuple[str, ...] = get_args(Role)
 NO_LOSS = -100  # a label that carries no loss
 
-# The first format whose columns all occur is the one. Sets with preferences often carry messages too.
+# By priority: sets with preferences often carry messages too, and every row with a completion has a prompt.
 _NEEDS: dict[RowFormat, tuple[str, ...]] = {
     "preference": ("chosen", "rejected"),
     "messages": ("messages",),
@@ -38,20 +38,20 @@ def rename_columns(columns: Columns, source: RowSource, where: str) -> Columns:
 
 
 def detect_format(records: Iterable[Record], source: RowSource) -> RowFormat:
-    """By the columns that occur anywhere, so that one row without a completion is an error and not a format.
+    """The format that at least half of the rows have, else the most frequent one: a few odd rows are errors.
 
-    Raises DareError if they are those of no format.
+    Raises DareError if no row has the columns of any format.
     """
-    found = {
-        name
+    rows = [
+        {name for name, value in _renamed(columns, source, where).items() if value is not None}
         for where, columns in records
         if not isinstance(columns, DareError)
-        for name, value in _renamed(columns, source, where).items()
-        if value is not None
-    }
-    for row_format, needed in _NEEDS.items():
-        if found.issuperset(needed):
-            return row_format
+    ]
+    counts = {row_format: sum(row.issuperset(needed) for row in rows) for row_format, needed in _NEEDS.items()}
+    usual = [row_format for row_format, count in counts.items() if count and 2 * count >= len(rows)]
+    if any(counts.values()):
+        return usual[0] if usual else max(counts, key=lambda row_format: counts[row_format])
+    found = {name for row in rows for name in row}
     raise DareError(
         "no known columns",
         where=source.path,

@@ -110,7 +110,7 @@ class Mixture(Generic[T]):
         total = sum(weights)
         self._bounds = [bound / total for bound in accumulate(weights)][:-1]
         self._before = [[0] * len(streams)]  # by chunk: how many places of each stream come before it
-        self._last: tuple[int, list[int]] = (-1, [])
+        self._last: tuple[int, list[tuple[int, int]]] = (-1, [])
 
     def at(self, place: int) -> T:
         source, index = self.source_at(place)
@@ -119,16 +119,18 @@ class Mixture(Generic[T]):
     def source_at(self, place: int) -> tuple[int, int]:
         """(which stream, which of its places)."""
         chunk, offset = divmod(place, _CHUNK)
-        while len(self._before) <= chunk:
-            drawn = self._sources(len(self._before) - 1)
-            self._before.append([num + drawn.count(i) for i, num in enumerate(self._before[-1])])
-        drawn = self._sources(chunk)
-        source = drawn[offset]
-        return source, self._before[chunk][source] + drawn[:offset].count(source)
-
-    def _sources(self, chunk: int) -> list[int]:
-        """Which stream each place of a chunk takes."""
         if self._last[0] != chunk:
-            uniform = self._key.uniform(torch.arange(chunk * _CHUNK, (chunk + 1) * _CHUNK)).tolist()
-            self._last = (chunk, [bisect_right(self._bounds, number) for number in uniform])
-        return self._last[1]
+            while len(self._before) <= chunk:
+                self._before.append(self._dealt(len(self._before) - 1)[1])
+            self._last = (chunk, self._dealt(chunk)[0])
+        return self._last[1][offset]
+
+    def _dealt(self, chunk: int) -> tuple[list[tuple[int, int]], list[int]]:
+        """`source_at` of each place of a chunk, and how many places each stream has had after it."""
+        counts = list(self._before[chunk])
+        dealt = []
+        for number in self._key.uniform(torch.arange(chunk * _CHUNK, (chunk + 1) * _CHUNK)).tolist():
+            source = bisect_right(self._bounds, number)
+            dealt.append((source, counts[source]))
+            counts[source] += 1
+        return dealt, counts

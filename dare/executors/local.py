@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from dare.core.spec import FamilySpec
 from dare.core.types import AuxLoss, Canvas, Samples, TraceBatch, Views
 from dare.data.packing import packs
 from dare.executors.compiled import compile_network
-from dare.families.base import Family
+from dare.families.base import Family, Network
 from dare.families.build import build_family
 from dare.families.critic import Critic
 from dare.families.flops import training_flops
@@ -31,6 +33,8 @@ from dare.rollout.engine import denoise
 from dare.rollout.tree import grow_trees
 from dare.training.micro_batches import micro_batches
 from dare.training.optim import Optimizer
+
+_FIRST = torch.tensor([0])
 
 
 class LocalEngine:
@@ -47,14 +51,20 @@ class LocalEngine:
         num_updates: int,
         needs_reference: bool,
         critic_lr: float | None = None,
+        prepare: Callable[[Network], object] | None = None,
     ) -> None:
+        """`prepare` is called with every network before the optimizers take its parameters."""
         self.family = family
         self.max_views, self.max_tokens = recipe.train.micro_batch_views, recipe.train.micro_batch_tokens
         self.pack_length = recipe.train.pack_length
+        self.gradient_factor = 1.0
         family.network.recompute = recipe.train.recompute
-        self.optimizer = Optimizer(family.network.named_parameters(), recipe.optimizer, num_updates)
         self.reference = copy.deepcopy(family) if needs_reference else None
         self.critic = Critic(family) if critic_lr is not None else None
+        if prepare is not None:
+            for network in self.networks():
+                prepare(network)
+        self.optimizer = Optimizer(family.network.named_parameters(), recipe.optimizer, num_updates)
         if self.critic is not None:
             critic_recipe = recipe.optimizer.model_copy(update={"lr": critic_lr})
             self.critic_optimizer = Optimizer(self.critic.named_parameters(), critic_recipe, num_updates)
@@ -74,6 +84,11 @@ class LocalEngine:
         family = build_family(recipe.model, tokenizer, Key(recipe.seed))
         num_updates = recipe.train.steps * recipe.train.updates_per_rollout
         return cls(recipe, family, num_updates=num_updates, needs_reference=needs_reference, critic_lr=critic_lr)
+
+    def networks(self) -> list[Network]:
+        """The networks of the policy, the reference and the critic, as far as there are any."""
+        families = [self.family, self.reference, self.critic.family if self.critic is not None else None]
+        return [family.network for family in families if family is not None]
 
     @property
     def is_packed(self) -> bool:
@@ -122,28 +137,13 @@ class LocalEngine:
         )
 
     def score(self, views: Views, samples: Samples, *, is_reference: bool = False, role: Role = "policy") -> Tensor:
-        if is_reference and self.reference is None:
-            raise ValueError("this engine was built without a reference policy")
-        family = self.reference if is_reference and self.reference is not None else self.family
-        score_RS = torch.zeros(views.noisy_RS.shape)
-        with torch.no_grad():
-            for part in self._micro_batches(torch.arange(views.num_views), views, samples):
-                chosen, canvas = _rows(views, samples, part)
-                if role == "policy":
-                    part_RS = family.view_logp(chosen, canvas, is_packed=self.is_packed)
-                else:
-                    part_RS = self._critic().view_value(chosen, canvas)
-                score_RS[part] = part_RS.cpu()
-        return score_RS
+        parts = self._micro_batches(torch.arange(views.num_views), views, samples)
+        return self.score_parts(views, samples.canvas, parts, is_reference=is_reference, role=role)
 
     def predict(self, views: Views, samples: Samples) -> Tensor:
-        token_RS = torch.zeros(views.noisy_RS.shape, dtype=torch.int64)
-        with torch.no_grad():
-            for part in self._micro_batches(torch.arange(views.num_views), views, samples):
-                chosen, canvas = _rows(views, samples, part)
-                hidden_RTD = self.family.view_hidden(chosen, canvas, is_packed=self.is_packed)
-                token_RS[part] = self.family.target_argmax(hidden_RTD, chosen).cpu()
-        return token_RS
+        return self.predict_parts(
+            views, samples.canvas, self._micro_batches(torch.arange(views.num_views), views, samples)
+        )
 
     def accumulate(
         self,
@@ -154,32 +154,80 @@ class LocalEngine:
         auxiliary: AuxLoss | None = None,
         role: Role = "policy",
     ) -> Tensor:
-        is_run_R = (grad_RS != 0).any(-1)
-        if auxiliary is not None:
-            is_run_R[auxiliary.view_A] = True
+        run_R = replayed_rows(grad_RS, auxiliary)
         if role == "policy":
-            self.flops_of_step += training_flops(self.family, *_rows(views, samples, is_run_R.nonzero()[:, 0]))
+            self.flops_of_step += training_flops(self.family, *_rows(views, samples.canvas, run_R))
+        parts = self._micro_batches(run_R, views, samples)
+        return self.replay_parts(views, samples.canvas, grad_RS, parts, auxiliary=auxiliary, role=role)
+
+    def score_parts(
+        self, views: Views, canvas: Canvas, parts: list[Tensor], *, is_reference: bool = False, role: Role = "policy"
+    ) -> Tensor:
+        """`score` of the views that `parts` name, one forward per part; 0 elsewhere.
+
+        An empty part is a forward of the first view that counts for nothing: processes that hold shards of one
+        network have to forward equally often.
+        """
+        if is_reference and self.reference is None:
+            raise ValueError("this engine was built without a reference policy")
+        family = self.reference if is_reference and self.reference is not None else self.family
+        logp = partial(family.view_logp, is_packed=self.is_packed)
+        score = logp if role == "policy" else self._critic().view_value
+        score_RS = torch.zeros(views.noisy_RS.shape)
+        with torch.no_grad():
+            for part in parts:
+                found = score(*_rows(views, canvas, part if len(part) else _FIRST)).cpu()
+                if len(part):
+                    score_RS[part] = found
+        return score_RS
+
+    def predict_parts(self, views: Views, canvas: Canvas, parts: list[Tensor]) -> Tensor:
+        """`predict` of the views that `parts` name, as `score_parts`."""
+        token_RS = torch.zeros(views.noisy_RS.shape, dtype=torch.int64)
+        with torch.no_grad():
+            for part in parts:
+                chosen, rows = _rows(views, canvas, part if len(part) else _FIRST)
+                hidden_RTD = self.family.view_hidden(chosen, rows, is_packed=self.is_packed)
+                if len(part):
+                    token_RS[part] = self.family.target_argmax(hidden_RTD, chosen).cpu()
+        return token_RS
+
+    def replay_parts(
+        self,
+        views: Views,
+        canvas: Canvas,
+        grad_RS: Tensor,
+        parts: list[Tensor],
+        *,
+        auxiliary: AuxLoss | None = None,
+        role: Role = "policy",
+    ) -> Tensor:
+        """`accumulate` of the views that `parts` name, one forward and backward per part, empty ones as in
+        `score_parts`; NaN elsewhere."""
         score_RS = torch.full(views.noisy_RS.shape, torch.nan)
-        for part in self._micro_batches(is_run_R.nonzero()[:, 0], views, samples):
-            chosen, canvas = _rows(views, samples, part)
+        for part in parts:
+            chosen, rows = _rows(views, canvas, part if len(part) else _FIRST)
             terms: list[Tensor] = []
+            weight_RS = grad_RS[part] if len(part) else torch.zeros_like(grad_RS[:1])
             if role == "critic":
-                score = self._critic().view_value(chosen, canvas)
-                total = (grad_RS[part].to(score.device) * score).sum()
+                score = self._critic().view_value(chosen, rows)
+                total = (weight_RS.to(score.device) * score).sum()
             else:
-                hidden_RTD = self.family.view_hidden(chosen, canvas, self.load_of_step, is_packed=self.is_packed)
-                total, score = self.family.target_total(hidden_RTD, chosen, grad_RS[part])
-                if auxiliary is not None:
+                load = self.load_of_step if len(part) else None
+                hidden_RTD = self.family.view_hidden(chosen, rows, load, is_packed=self.is_packed)
+                total, score = self.family.target_total(hidden_RTD, chosen, weight_RS)
+                if auxiliary is not None and len(part):
                     terms = self._aux_terms(hidden_RTD, chosen, auxiliary, part)
-            (total + sum(terms)).backward()  # type: ignore[no-untyped-call]
-            score_RS[part] = score.detach().cpu()
+            ((total + sum(terms)) * self.gradient_factor).backward()  # type: ignore[no-untyped-call]
+            if len(part):
+                score_RS[part] = score.detach().cpu()
         return score_RS
 
     def step(self, role: Role = "policy") -> dict[str, float]:
         if role == "policy":
             load, self.load_of_step = self.load_of_step, ExpertLoad()
             flops, self.flops_of_step = self.flops_of_step, 0.0
-            return {**self.optimizer.step(), **load.metrics(), "model_tflop": flops / 1e12}
+            return {**self.optimizer.step(), **load.metrics(), **({"model_tflop": flops / 1e12} if flops else {})}
         self._critic()
         return self.critic_optimizer.step()
 
@@ -195,19 +243,14 @@ class LocalEngine:
 
     def load(self, directory: Path) -> None:
         load_weights(self.family, directory)
-        self.optimizer.load_state(self._read(directory, "optimizer"))
+        self.optimizer.load_state(read_tensors(directory, "optimizer", self.family.device))
         if self.critic is not None:
-            self.critic.load_state(self._read(directory, "critic"))
-            self.critic_optimizer.load_state(self._read(directory, "critic_optimizer"))
+            self.critic.load_state(read_tensors(directory, "critic", self.family.device))
+            state = read_tensors(directory, "critic_optimizer", self.family.device)
+            self.critic_optimizer.load_state(state)
 
-    def _read(self, directory: Path, name: str) -> dict[str, Tensor]:
-        path = directory / "trainer" / f"{name}.safetensors"
-        try:
-            tensors: dict[str, Tensor] = load_file(path, device=str(self.family.device))
-        except (SafetensorError, OSError) as error:
-            what = f"the {name.replace('_', ' ')} state cannot be read"
-            raise DareError(what, where=str(path), got=str(error)) from None
-        return tensors
+    def close(self) -> None:
+        """Nothing is held open."""
 
     def _critic(self) -> Critic:
         if self.critic is None:
@@ -237,6 +280,25 @@ class LocalEngine:
         return [rows[part] for part in micro_batches(length_R, max_views=self.max_views, max_tokens=self.max_tokens)]
 
 
-def _rows(views: Views, samples: Samples, part: Tensor) -> tuple[Views, Canvas]:
+def read_tensors(directory: Path, name: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """A file of the trainer's state in a checkpoint. Raises DareError if it cannot be read."""
+    path = directory / "trainer" / f"{name}.safetensors"
+    try:
+        tensors: dict[str, Tensor] = load_file(path, device=str(device))
+    except (SafetensorError, OSError) as error:
+        what = f"the {name.replace('_', ' ')} state cannot be read"
+        raise DareError(what, where=str(path), got=str(error)) from None
+    return tensors
+
+
+def replayed_rows(grad_RS: Tensor, auxiliary: AuxLoss | None) -> Tensor:
+    """int64: the views that a backward has to run, ascending: a gradient somewhere, or an auxiliary term."""
+    is_run_R = (grad_RS != 0).any(-1)
+    if auxiliary is not None:
+        is_run_R[auxiliary.view_A] = True
+    return is_run_R.nonzero()[:, 0]
+
+
+def _rows(views: Views, canvas: Canvas, part: Tensor) -> tuple[Views, Canvas]:
     chosen = views.rows(part)
-    return chosen, samples.canvas.rows(chosen.sample_R)
+    return chosen, canvas.rows(chosen.sample_R)

@@ -11,7 +11,7 @@ from dare.core.recipe import CreateRecipe, ModelRecipe
 from dare.core.rng import Key
 from dare.core.spec import FamilySpec
 from dare.families.base import Family
-from dare.families.weights import create_family, load_family, outline, read_spec, resolve_checkpoint
+from dare.families.weights import create_family, load_family, outline_family, read_spec, resolve_checkpoint
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -24,19 +24,18 @@ def build_family(recipe: ModelRecipe, tokenizer: Any, key: Key) -> Family:
     return _create(recipe.create, tokenizer, key).to(dtype=dtype, device=device)
 
 
-def outline_family(recipe: ModelRecipe, tokenizer: Any) -> Family:
-    """The family that `build_family` would return, in its dtype, with all weights on the meta device."""
-    family = (
-        _create(recipe.create, tokenizer, Key(0)) if recipe.path is None else outline(resolve_checkpoint(recipe.path))
-    )
-    return family.to(dtype=_DTYPES[recipe.dtype], device=torch.device("meta"))
-
-
 def family_spec(recipe: ModelRecipe, tokenizer: Any) -> FamilySpec:
     """The spec of the family that `build_family` would return, without reading a checkpoint's weights."""
     if recipe.path is not None:
         return read_spec(resolve_checkpoint(recipe.path))
     return _create(recipe.create, tokenizer, Key(0)).spec
+
+
+def outline(recipe: ModelRecipe, tokenizer: Any) -> Family:
+    """The family that `build_family` would return, without a checkpoint's weights: it lays canvases out."""
+    if recipe.path is not None:
+        return outline_family(resolve_checkpoint(recipe.path))
+    return _create(recipe.create, tokenizer, Key(0))
 
 
 def pick_device(name: str) -> torch.device:

@@ -38,7 +38,7 @@ class Network(nn.Module, ABC):
     @property
     @abstractmethod
     def layers(self) -> nn.ModuleList:
-        """The stack, first layer first."""
+        """The layers in order: the units in which weights are sharded over processes, activations computed again."""
 
     @property
     @abstractmethod

@@ -67,7 +67,8 @@ def _measure(
 
     def update() -> None:
         hidden_RTD = family.view_hidden(views, canvas, is_packed=recipe.train.pack_length is not None)
-        family.target_total(hidden_RTD, views, factor_RS)[0].backward()
+        total, _ = family.target_total(hidden_RTD, views, factor_RS)
+        total.backward()  # type: ignore[no-untyped-call]
 
     update()  # gradients exist from here on, so that they are not counted
     num_bytes = _peak(update, device)

@@ -15,7 +15,7 @@ from dare.core.rng import Key
 from dare.core.spec import FamilySpec
 from dare.data.order import Mixture, Shuffled, Stream, Windowed
 from dare.data.read import Tally, iterate_rows, load_source
-from dare.data.rows import AnyRow, Example, PreferencePair
+from dare.data.rows import AnyRow, EncodedRow, Example, LabelledRow, PreferencePair
 from dare.tasks.base import Task
 from dare.training.data import RowEncoder, require_rows, task_rows
 from dare.training.pairs import encode_labelled, task_pairs
@@ -57,26 +57,37 @@ def text_sources(recipe: Recipe, task: Task[Any] | None, tally: Tally, *, has_pa
     return found
 
 
-def example_stream(
-    kind: RowKind, sources: list[TextSource], recipe: Recipe, tokenizer: Any, spec: FamilySpec, tally: Tally
-) -> Stream[Example]:
-    """The endless sequence of examples that the steps of a run cut into batches; `tally` counts the first epoch.
+def row_stream(
+    sources: list[TextSource], recipe: Recipe, tokenizer: Any, spec: FamilySpec, tally: Tally
+) -> Stream[EncodedRow]:
+    """The endless sequence of rows that the steps of a run cut into batches; `tally` counts the first epoch.
 
     Raises DareError naming the first row in memory that cannot be encoded, or if none is left.
     """
-    return _stream(sources, recipe, _ENCODERS[kind], tokenizer, spec, tally)
+    return _stream(sources, recipe, RowEncoder.encode, tokenizer, spec, tally)
 
 
-def _encode_pair(encoder: RowEncoder, row: AnyRow) -> list[PreferencePair]:
-    pair = encoder.encode_pair(row)
-    return [] if pair is None else [pair]
+def pair_stream(
+    sources: list[TextSource], recipe: Recipe, tokenizer: Any, spec: FamilySpec, tally: Tally
+) -> Stream[PreferencePair]:
+    """As `row_stream`, of preference pairs."""
+
+    def encode(encoder: RowEncoder, row: AnyRow) -> list[PreferencePair]:
+        pair = encoder.encode_pair(row)
+        return [] if pair is None else [pair]
+
+    return _stream(sources, recipe, encode, tokenizer, spec, tally)
 
 
-_ENCODERS: dict[RowKind, Encode[Any]] = {
-    "completions": RowEncoder.encode,
-    "pairs": _encode_pair,
-    "labelled": encode_labelled,
-}
+def labelled_stream(
+    sources: list[TextSource], recipe: Recipe, tokenizer: Any, spec: FamilySpec, tally: Tally
+) -> Stream[LabelledRow]:
+    """As `row_stream`, of good and bad completions; the sides of a pair are two of them."""
+    return _stream(sources, recipe, encode_labelled, tokenizer, spec, tally)
+
+
+OpenStream = Callable[[list[TextSource], Recipe, Any, FamilySpec, Tally], Stream[Example]]
+STREAMS: dict[RowKind, OpenStream] = {"completions": row_stream, "pairs": pair_stream, "labelled": labelled_stream}
 
 
 def _stream(

@@ -19,16 +19,17 @@ from dare.data.packing import packs
 from dare.data.read import Tally
 from dare.diffusion import corrupt
 from dare.families.base import Family
-from dare.families.build import outline_family, pick_device
+from dare.families.build import outline, pick_device
 from dare.families.tokenizer import encode_prompt
 from dare.tasks.base import Task
 from dare.training.calibrate import calibrate
-from dare.training.feed import example_stream, text_sources
+from dare.training.feed import STREAMS, text_sources
 from dare.training.micro_batches import micro_batches
 from dare.training.offline import rows_to_samples
 from dare.training.plan import MemoryPlan, cache_bytes, make_plan
 from dare.training.run import model_tokenizer, with_checkpoint
 
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _STEPS_READ = 50  # steps whose rows are looked at for the largest micro-batch
 _PROMPTS_READ = 256
 
@@ -75,11 +76,11 @@ def plan_run(recipe: Recipe) -> RunPlan:
     tally = Tally()
     sources = text_sources(recipe, task, tally, has_pairs=has_pairs) if algorithm.kind == "offline" else []
     tokenizer = model_tokenizer(recipe, task, sources)
-    family = outline_family(recipe.model, tokenizer)
+    family = outline(recipe.model, tokenizer).to(_DTYPES[recipe.model.dtype], torch.device("meta"))
     engine = _Outline(family)
     algorithm = algorithm.adapted(family.spec)
     if sources:
-        examples = example_stream(algorithm.row_kind, sources, recipe, tokenizer, family.spec, tally)
+        examples = STREAMS[algorithm.row_kind](sources, recipe, tokenizer, family.spec, tally)
         batches = [batch_at(examples, recipe.train.batch_size, step) for step in range(_num_read(recipe))]
         samples = [rows_to_samples(engine, batch, recipe.decode.block_length) for batch in batches]  # type: ignore[arg-type]
     elif task is not None:

@@ -7,16 +7,16 @@ from typing import Any
 
 from dare.algorithms.base import Algorithm
 from dare.core.checks import check, check_attention
+from dare.core.engine import Engine
 from dare.core.errors import DareError
 from dare.core.recipe import Recipe
-from dare.core.registry import resolve
 from dare.data.read import Tally
 from dare.families.build import family_spec
 from dare.families.hub import resolve_checkpoint
 from dare.families.tokenizer import char_tokenizer, load_tokenizer
 from dare.tasks.base import Task
 from dare.training.checkpoint import resolve_model_path
-from dare.training.feed import TextSource, example_stream, text_sources
+from dare.training.feed import STREAMS, TextSource, text_sources
 from dare.training.offline import run_offline
 from dare.training.online import run_online
 from dare.training.session import Reporter, Session
@@ -40,12 +40,13 @@ def train(recipe: Recipe, run_dir: Path, reporter: Reporter, *, is_resumed: bool
     check_attention(recipe.algorithm.name, algorithm, spec.attention)
     algorithm = algorithm.adapted(spec)
     recipe = recipe.model_copy(update={"algorithm": recipe.algorithm.with_options(algorithm.options)})
-    kind = algorithm.row_kind
-    examples = example_stream(kind, sources, recipe, tokenizer, spec, tally) if sources else None
+    open_stream = STREAMS[algorithm.row_kind]
+    examples = open_stream(sources, recipe, tokenizer, spec, tally) if sources else None
     held_out = validation_rows(recipe, task, tokenizer, spec)
     is_reference_held = algorithm.needs_reference and recipe.reference.mode == "live"
-    executor = resolve("executors", recipe.executor)
-    engine = executor.create(recipe, tokenizer, needs_reference=is_reference_held, critic_lr=algorithm.critic_lr)
+    engine: Engine = recipe.executor.build().create(
+        recipe, tokenizer, needs_reference=is_reference_held, critic_lr=algorithm.critic_lr
+    )
     session = Session(recipe, run_dir, reporter, is_resumed=is_resumed)
     for warning in [*warnings, *tally.warnings()]:
         reporter.message(f"warning: {warning}")
@@ -55,6 +56,9 @@ def train(recipe: Recipe, run_dir: Path, reporter: Reporter, *, is_resumed: bool
             engine.publish()
         if examples is not None:
             run_offline(session, engine, algorithm, examples, task, tokenizer, held_out)
+            if recipe.data is not None and recipe.data.is_streaming:  # only now is it known
+                for warning in tally.warnings():
+                    reporter.message(f"warning: {warning}")
         elif task is not None:
             run_online(session, engine, algorithm, task, tokenizer)
     except KeyboardInterrupt:
@@ -63,6 +67,8 @@ def train(recipe: Recipe, run_dir: Path, reporter: Reporter, *, is_resumed: bool
     except Exception as error:
         session.close("failed", error=str(error))
         raise
+    finally:
+        engine.close()
     return session.close("finished", checkpoint=resolve_model_path(str(run_dir)))
 
 

@@ -41,15 +41,8 @@ from dare.training.trackers import Tracker, build_trackers
 from dare.training.validation import Standing, is_out_of_patience, standing
 
 _LOGS = ("metrics", "timing", "eval", "validation", "samples")
-_MAY_CHANGE = (
-    ("log",),
-    ("checkpoint",),
-    ("train", "steps"),
-    ("train", "micro_batch_views"),
-    ("train", "micro_batch_tokens"),
-    ("train", "pack_length"),
-    ("train", "recompute"),
-)
+_FREE_IN_TRAIN = ("steps", "micro_batch_views", "micro_batch_tokens", "pack_length", "recompute")
+_MAY_CHANGE = (("executor",), ("log",), ("checkpoint",), *(("train", key) for key in _FREE_IN_TRAIN))
 
 
 class Reporter(Protocol):

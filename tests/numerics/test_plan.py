@@ -17,7 +17,7 @@ from dare.core.rng import Key
 from dare.diffusion import corrupt
 from dare.families.base import Family
 from dare.families.layers.attention import KVCache
-from dare.families.weights import create_family, load_family, outline, save_family
+from dare.families.weights import create_family, load_family, outline_family, save_family
 from dare.training import plan
 from dare.training.calibrate import calibrate
 from dare.training.live_bytes import LiveBytes
@@ -84,7 +84,7 @@ def test_a_deep_network_costs_what_is_predicted_from_a_shallow_one(name: str, re
     views = corrupt.bernoulli(samples, Key(2), num_views=1)
     canvas = samples.canvas.rows(views.sample_R)
     options = recipe(recompute=recompute)
-    cost = calibrate(outline(tmp_path), torch.device("cpu"), options, views, canvas, 100)
+    cost = calibrate(outline_family(tmp_path), torch.device("cpu"), options, views, canvas, 100)
     family.network.recompute = options.train.recompute
     for parameter in family.network.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -156,7 +156,7 @@ def test_the_command_prints_parts_or_json(tmp_path: Path) -> None:
 
 
 def test_what_cannot_run_cannot_be_planned(tmp_path: Path) -> None:
-    with pytest.raises(DareError, match="no checkpoint"):
+    with pytest.raises(DareError, match="no checkpoint at"):
         plan_run(tiny_recipe("sft", model={"path": str(tmp_path / "absent")}))
     with pytest.raises(DareError, match="trains on rewards"):
         plan_run(tiny_recipe("espo", task=None))
@@ -164,6 +164,6 @@ def test_what_cannot_run_cannot_be_planned(tmp_path: Path) -> None:
 
 def test_an_outline_has_no_weights(tmp_path: Path) -> None:
     save_family(deep_family("sdar", 2), tmp_path)
-    found = outline(tmp_path)
+    found = outline_family(tmp_path)
     assert {parameter.device.type for parameter in found.network.parameters()} == {"meta"}
     assert found.num_parameters == load_family(tmp_path).num_parameters
