@@ -19,9 +19,12 @@ from dare.core.recipe import parse_recipe
 from dare.core.rng import Key
 from dare.core.validation_recipe import ValidationRecipe
 from dare.diffusion import corrupt
+from dare.executors.compiled import compile_network
 from dare.executors.local import LocalEngine
 from dare.families.flops import active_parameters, training_flops
 from dare.families.weights import load_family
+from dare.report.curves import charts, smoothed
+from dare.report.run_data import load_run
 from dare.training.noise import nll_by_noise
 from dare.training.throughput import utilisation
 from dare.training.validation import is_out_of_patience, standing, validate
@@ -283,3 +286,51 @@ def test_averages_that_cannot_be(finished: Path, tiny_checkpoints: dict[str, Pat
         with pytest.raises(DareError, match=hint):
             dare.average(checkpoints, tmp_path / "out", last=last)
     assert not (tmp_path / "out").exists()
+
+
+# --- curves
+
+
+def test_a_smoothed_curve_is_a_weighted_mean_of_what_came_before() -> None:
+    values = [4.0, 1.0, 3.0, 7.0]
+    found = smoothed(values, 2.0)
+    for index, value in enumerate(found):
+        weights = [math.exp(-(index - k) / 2.0) for k in range(index + 1)]
+        assert value == pytest.approx(sum(w * v for w, v in zip(weights, values, strict=False)) / sum(weights))
+    assert smoothed([], 2.0) == []
+    assert smoothed([5.0] * 9, 3.0) == pytest.approx([5.0] * 9)
+
+
+def test_the_report_shows_losses_by_noise_level_and_held_out(finished: Path) -> None:
+    found = {chart.title: chart for chart in charts(load_run(finished))}
+    levels = found["Loss by share of masked tokens, smoothed, nats per token"].series
+    assert [series.label for series in levels] == sorted(
+        (series.label for series in levels), key=lambda label: int(label.partition("-")[0])
+    )
+    assert all(label.endswith(" %") for label in (series.label for series in levels))
+    (held_out,) = found["Held-out loss, nats per token"].series
+    records = read_lines(finished / "validation.jsonl")
+    assert held_out.values == [record["nll_per_token"] for record in records]
+
+
+def test_utilisation_reaches_the_timing_log(tmp_path: Path) -> None:
+    dare.train(run_recipe(log={"peak_tflops": 1.0}), tmp_path / "run")
+    for metrics, timing in zip(
+        read_lines(tmp_path / "run" / "metrics.jsonl"), read_lines(tmp_path / "run" / "timing.jsonl"), strict=True
+    ):
+        assert timing["tflops"] == pytest.approx(metrics["model_tflop"] / timing["update_s"])
+        assert timing["mfu"] == pytest.approx(timing["tflops"])
+
+
+# --- torch.compile
+
+
+def test_a_machine_without_a_compiler_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(function: Any) -> Any:
+        raise RuntimeError("no C++ compiler\nfound anywhere")
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    with pytest.raises(DareError, match=r"torch\.compile does not work") as caught:
+        compile_network(tiny_family("llada").network)
+    assert "no C++ compiler" in str(caught.value)
+    assert "train.is_compiled: false" in str(caught.value)
