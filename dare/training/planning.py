@@ -153,7 +153,7 @@ def _result(recipe: Recipe, algorithm: Algorithm[Any], family: Family, step: _St
     largest = max(step.parts, key=lambda part: _positions(step, part))
     chosen = step.views.rows(largest)
     canvas = step.canvas.rows(chosen.sample_R)
-    process = 0 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    process = 0 if device.type == "cuda" else _process_bytes()
     all_real = int(step.canvas.is_real_BS.sum(-1)[step.views.sample_R].sum())
     cost = calibrate(family, device, recipe, chosen, canvas, all_real)
     rollout = 0
@@ -180,3 +180,11 @@ def _result(recipe: Recipe, algorithm: Algorithm[Any], family: Family, step: _St
         seconds_per_step=cost.seconds,
         tokens_per_second=step.num_scored / cost.seconds,
     )
+
+
+def _process_bytes() -> int:
+    """Resident memory of this process, after the libraries are there that a first optimizer step loads."""
+    parameter = torch.nn.Parameter(torch.ones(1))
+    parameter.grad = torch.ones(1)
+    torch.optim.AdamW([parameter]).step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
