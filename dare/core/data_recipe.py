@@ -27,7 +27,9 @@ class _Columns(Options):
         "it learnt; tokens: input_ids and labels (-100 carries no loss); default: by the columns",
     )
     columns: dict[Column, str] = Field(
-        {}, description="what the data calls a column, for example {prompt: question, completion: answer}"
+        {},
+        description="what the data calls a column, for example {prompt: question, completion: answer}; a.b is the "
+        "field b of the column a",
     )
 
 

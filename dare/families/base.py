@@ -230,14 +230,6 @@ class Family:
         total, logp_N = linear_total(hidden_ND, self.network.head_weight, target_N, factor_N, scale)
         return total, _scattered(logp_N, is_target_RT, views)
 
-    def target_argmax(self, hidden_RTD: Tensor, views: Views) -> Tensor:
-        """int64 [R, S]: the most likely token at each target from the result of `view_hidden`; 0 elsewhere."""
-        is_target_RT = views.is_target_RS[:, : hidden_RTD.shape[1]].to(self.device)
-        chunks = torch.split(hidden_RTD[is_target_RT], chunk_rows(self.spec.vocab_size))
-        token_N = torch.cat([self.row_logits(hidden_ND).argmax(-1) for hidden_ND in chunks])
-        token_RS = torch.zeros(views.noisy_RS.shape, dtype=torch.int64, device=self.device)
-        return token_RS.index_put(is_target_RT.nonzero(as_tuple=True), token_N)
-
     def aux_terms(self, hidden_RTD: Tensor, views: Views, aux: AuxLoss, entry_A: Tensor) -> Tensor:
         """float32 [A], differentiable: the terms of the entries `entry_A`, whose `view_A` are rows of these views.
 
