@@ -14,7 +14,7 @@ from dare.core.types import Canvas, Views
 from dare.families.base import Family
 from dare.training.live_bytes import LiveBytes
 from dare.training.optim import Optimizer
-from dare.training.plan import StepCost
+from dare.training.plan import StepCost, gradient_bytes, optimizer_bytes, weight_bytes
 
 _SHORT = 2  # layers of the shorter network: by the second one, layers of every kind that repeats are there
 _REPEATS = 2
@@ -23,12 +23,14 @@ _REPEATS = 2
 @dataclass(frozen=True)
 class _Cost:
     num_bytes: float
+    lasting_bytes: float  # weights, gradients, optimizer
     update_seconds: float
     optimizer_seconds: float
 
     def plus(self, other: _Cost, times: float) -> _Cost:
         return _Cost(
             self.num_bytes + times * other.num_bytes,
+            self.lasting_bytes + times * other.lasting_bytes,
             self.update_seconds + times * other.update_seconds,
             self.optimizer_seconds + times * other.optimizer_seconds,
         )
@@ -45,7 +47,7 @@ def calibrate(
     """
     total = outline.network.num_layers
     if total <= _SHORT + 1:
-        base, layer, more = _measure(outline, total, device, recipe, views, canvas), _Cost(0.0, 0.0, 0.0), 0
+        base, layer, more = _measure(outline, total, device, recipe, views, canvas), _Cost(0.0, 0.0, 0.0, 0.0), 0
     else:
         base = _measure(outline, _SHORT, device, recipe, views, canvas)
         layer = _measure(outline, _SHORT + 1, device, recipe, views, canvas).plus(base, -1.0)
@@ -54,7 +56,9 @@ def calibrate(
     activations = min(whole.num_bytes, layer.num_bytes * total if more else whole.num_bytes)
     share = num_tokens / max(1, int(canvas.is_real_BS.sum()))
     seconds = whole.update_seconds * share + whole.optimizer_seconds
-    return StepCost(int(activations), int(whole.num_bytes - activations), max(seconds, 1e-9))
+    largest = base.plus(layer, 1.0)  # the larger of the two short networks
+    calibrated = int(largest.num_bytes + largest.lasting_bytes)
+    return StepCost(int(activations), int(whole.num_bytes - activations), max(seconds, 1e-9), calibrated)
 
 
 def _measure(
@@ -77,7 +81,8 @@ def _measure(
     for _ in range(_REPEATS):
         update_seconds.append(_seconds(update, device))
         optimizer_seconds.append(_seconds(lambda: optimizer.step(), device))
-    return _Cost(num_bytes, min(update_seconds), min(optimizer_seconds))
+    lasting = weight_bytes(family) + gradient_bytes(family) + optimizer_bytes(family)
+    return _Cost(num_bytes, lasting, min(update_seconds), min(optimizer_seconds))
 
 
 def _shortened(outline: Family, num_layers: int, device: torch.device) -> Family:

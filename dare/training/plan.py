@@ -16,11 +16,13 @@ class StepCost:
     activations  what layers keep for the backward
     workspace    everything else that exists at most beside them: head, masks, temporaries
     seconds      of one whole optimizer step
+    calibrated   bytes of all tensors that the calibration itself had at one time, at most
     """
 
     activations: int
     workspace: int
     seconds: float
+    calibrated: int = 0
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class MemoryPlan:
     update       activations and workspace of the largest micro-batch
     step         what AdamW makes for one parameter at a time
     rollout      cached keys and values
-    process      the interpreter and its libraries; 0 on a GPU
+    process      the interpreter, its libraries, and what kernels and the allocator need beside tensors; 0 on a GPU
     """
 
     weights: int

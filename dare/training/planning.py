@@ -153,9 +153,11 @@ def _result(recipe: Recipe, algorithm: Algorithm[Any], family: Family, step: _St
     largest = max(step.parts, key=lambda part: _positions(step, part))
     chosen = step.views.rows(largest)
     canvas = step.canvas.rows(chosen.sample_R)
-    process = 0 if device.type == "cuda" else _process_bytes()
+    process = _resident_bytes()
     all_real = int(step.canvas.is_real_BS.sum(-1)[step.views.sample_R].sum())
     cost = calibrate(family, device, recipe, chosen, canvas, all_real)
+    # What the calibration took beyond its tensors: libraries that a first step loads, kernels, the allocator's gaps.
+    process = 0 if device.type == "cuda" else max(process, _resident_bytes() - cost.calibrated)
     rollout = 0
     if algorithm.kind == "online" and (canvas.is_blockwise or recipe.decode.cache in ("prefix", "dual")):
         num_rows = min(recipe.decode.batch_size, step.canvas.batch_size)
@@ -182,9 +184,6 @@ def _result(recipe: Recipe, algorithm: Algorithm[Any], family: Family, step: _St
     )
 
 
-def _process_bytes() -> int:
-    """Resident memory of this process, after the libraries are there that a first optimizer step loads."""
-    parameter = torch.nn.Parameter(torch.ones(1))
-    parameter.grad = torch.ones(1)
-    torch.optim.AdamW([parameter]).step()
+def _resident_bytes() -> int:
+    """The most memory that this process has had."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
