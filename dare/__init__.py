@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from dare.api import average as average
     from dare.api import convert as convert
     from dare.api import evaluate as evaluate
+    from dare.api import evaluate_benchmarks as evaluate_benchmarks
     from dare.api import train as train
+    from dare.exports import export as export
     from dare.model import Model as Model
     from dare.model import load as load
 
@@ -23,9 +25,11 @@ _HOMES = {
     "average": "dare.api",
     "convert": "dare.api",
     "evaluate": "dare.api",
+    "evaluate_benchmarks": "dare.api",
+    "export": "dare.exports",
     "train": "dare.api",
 }
-__all__ = ["Model", "average", "convert", "evaluate", "load", "train"]
+__all__ = ["Model", "average", "convert", "evaluate", "evaluate_benchmarks", "export", "load", "train"]
 
 
 def __getattr__(name: str) -> Any:

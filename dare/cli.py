@@ -10,8 +10,20 @@ from typer.core import TyperGroup
 
 from dare.cli_average import average
 from dare.cli_data import data_app
+from dare.cli_eval import data_fetch, data_path, eval_app
+from dare.cli_export import export
 from dare.cli_models import chat, convert
-from dare.cli_options import Checkpoint, DecodeOptions, Device, Dtype, Overrides, RecipeFile, load_model, token_text
+from dare.cli_options import (
+    Base,
+    Checkpoint,
+    DecodeOptions,
+    Device,
+    Dtype,
+    Overrides,
+    RecipeFile,
+    load_model,
+    token_text,
+)
 from dare.cli_plan import plan
 from dare.core.errors import DareError
 
@@ -85,48 +97,7 @@ def train(
         raise KeyboardInterrupt("the same command with --resume continues from the last checkpoint") from error
 
 
-@app.command("eval", short_help="Solve rate on held-out problems, with its interval.")
-def evaluate(
-    checkpoint: Checkpoint,
-    overrides: DecodeOptions = None,
-    *,
-    task: Annotated[str | None, typer.Option(help="a task; default: the task of the recipe")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="task and decode options; default: the checkpoint's run")] = None,
-    num: Annotated[int | None, typer.Option(min=1, help="held-out problems; default: the recipe's")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="for sampling; default: the recipe's, or 0")] = None,
-    split: Annotated[str, typer.Option(help="eval or train")] = "eval",
-    out: Annotated[Path | None, typer.Option(help="folder for summary.json and records.jsonl")] = None,
-    is_json: Annotated[bool, typer.Option("--json", help="print the summary as JSON")] = False,
-    device: Device = "auto",
-    dtype: Dtype = "checkpoint",
-) -> None:
-    """Evaluate: the solve rate on held-out problems with its 95% interval.
-
-    Without --task and --recipe, the settings are those of the run that the checkpoint belongs to. Keys that start
-    with "task." are options of the task, all others decode options.
-
-    \b
-    Examples:
-      dare eval runs/rl
-      dare eval runs/rl --task countdown --num 500 gen_length=16 task.max_value=9
-    """
-    from dare.terminal.settings import evaluation_settings
-
-    settings = evaluation_settings(checkpoint, task, recipe, overrides or [])
-    model = load_model(checkpoint, device, dtype)
-    from dare import api
-    from dare.terminal.progress import evaluation_line
-
-    result = api.evaluate(
-        model,
-        settings.task,
-        num=num or settings.num,
-        seed=settings.seed if seed is None else seed,
-        split=split,
-        out=out,
-        **settings.decode,
-    )
-    typer.echo(_to_json(result) if is_json else evaluation_line(None, result))
+app.add_typer(eval_app, name="eval")
 
 
 @app.command(short_help="Complete prompts; --trace shows how.")
@@ -141,6 +112,7 @@ def generate(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     is_traced: Annotated[bool, typer.Option("--trace", help="show the canvas filling, step by step")] = False,
     is_json: Annotated[bool, typer.Option("--json", help="one JSON object per completion")] = False,
+    base: Base = None,
     device: Device = "auto",
     dtype: Dtype = "checkpoint",
 ) -> None:
@@ -158,7 +130,7 @@ def generate(
 
     prompts = read_prompts(prompt or [], prompt_ids or [], file, is_chat=is_chat)
     decode = generation_options(checkpoint, overrides or [])
-    model = load_model(checkpoint, device, dtype)
+    model = load_model(checkpoint, device, dtype, base)
     from dare.terminal.canvas import CanvasView
     from dare.terminal.completions import print_completions
     from dare.terminal.progress import progress_bar
@@ -177,6 +149,7 @@ app.command(short_help="Talk to a model; its canvas streams.")(chat)
 app.command(short_help="Make a diffusion model of an autoregressive one.")(convert)
 app.command(short_help="Memory and speed of a recipe, before it runs.")(plan)
 app.command(short_help="Average the weights of several checkpoints.")(average)
+app.command(short_help="Merge an adapter, and write a model to publish.")(export)
 
 
 @app.command(short_help="Check recipes without running them.")
@@ -248,6 +221,10 @@ def list_tables(
     typer.echo(listing(table))
 
 
+data_app.command("path", short_help="Where benchmark data lies, and what is missing.")(data_path)
+data_app.command("fetch", short_help="Download the data of a benchmark.")(data_fetch)
+
+
 @app.command(short_help="Write a report of a run as HTML, PNG, SVG and Markdown.")
 def report(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="a run folder", show_default=False)],
@@ -264,12 +241,6 @@ def report(
     from dare.report.build import build_report
 
     typer.echo(build_report(run_dir, out or run_dir / "report", baseline) / "index.html")
-
-
-def _to_json(value: Any) -> str:
-    import json
-
-    return json.dumps(value, ensure_ascii=False, indent=2)
 
 
 def _fail(text: str) -> None:

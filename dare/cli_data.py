@@ -18,7 +18,9 @@ DataOrRecipe = Annotated[
 ]
 Model = Annotated[str | None, typer.Option(help="checkpoint whose tokenizer and template to use")]
 
-data_app = typer.Typer(help="Look at training data and check it.", no_args_is_help=True, rich_markup_mode=None)
+data_app = typer.Typer(
+    help="Look at training data and check it; benchmark data.", no_args_is_help=True, rich_markup_mode=None
+)
 
 
 @data_app.command("inspect", short_help="Show rows: loss mask, noise, lengths, padding.")

@@ -32,6 +32,7 @@ class Algorithm(ABC, Generic[OptionsT]):
     needs_step_map: ClassVar[bool] = False
     needs: ClassVar[frozenset[Record]] = frozenset()  # what else the rollout must record
     is_linear: bool = False  # loss is linear in logp: no scoring pass before the backward
+    compares_rewards: ClassVar[bool] = False  # forms its own advantages, so a reward must be one number
     # Attention kinds it cannot train ("full": masked models, "block_causal": block models), each with the reason.
     forbidden: ClassVar[Mapping[str, str]] = {}
 

@@ -19,10 +19,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from dare.core.data_recipe import DataRecipe
 from dare.core.decode import Decode
 from dare.core.errors import DareError
+from dare.core.lora_recipe import LoraRecipe
 from dare.core.options import Options
 from dare.core.recipe_errors import explain
 from dare.core.reference_recipe import ReferenceRecipe
 from dare.core.registry import resolve
+from dare.core.reward_recipe import GroupRecipe, RewardRecipe
 from dare.core.validation_recipe import ValidationRecipe
 
 
@@ -140,6 +142,7 @@ class OptimizerRecipe(Options):
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0.0, description="on matrices only")
     max_grad_norm: float = Field(1.0, gt=0)
+    moments: Literal["float32", "8bit"] = Field("float32", description="8bit: stored blockwise; needs bitsandbytes")
 
 
 class EvaluationRecipe(Options):
@@ -177,9 +180,14 @@ class Recipe(Options):
         description="where it runs: a name, or a name with options",
     )
     model: ModelRecipe
+    lora: LoraRecipe | None = Field(
+        None, description="train an adapter of the model in model.path; default: all weights"
+    )
     algorithm: AlgorithmChoice
     task: TaskChoice | None = None
     data: DataRecipe | None = Field(None, description="offline rows; default: the task's problems and answers")
+    reward: RewardRecipe = Field(RewardRecipe(), description="online: what completions are trained towards")
+    groups: GroupRecipe = Field(GroupRecipe(), description="online: which groups of completions are trained on")
     decode: Decode = Decode()
     train: TrainRecipe = TrainRecipe()
     reference: ReferenceRecipe = ReferenceRecipe()

@@ -62,6 +62,9 @@ TASKS: dict[str, Row] = {
     "countdown": Row("dare.tasks.countdown:Countdown", "reach a target number from given numbers (reasoning-gym)"),
     "chain_sum": Row("dare.tasks.chain_sum:ChainSum", "sums and differences of several numbers (reasoning-gym)"),
     "mini_sudoku": Row("dare.tasks.mini_sudoku:MiniSudoku", "4x4 sudoku (reasoning-gym)"),
+    "benchmark": Row(
+        "dare.evals.benchmarks.task:BenchmarkTask", "a benchmark with its own data and scorer, such as gsm8k"
+    ),
     "rows": Row("dare.tasks.rows:Rows", "problems from your own data, judged by an answer column or your own function"),
     "reasoning_gym": Row("dare.tasks.reasoning_gym:ReasoningGym", "any reasoning-gym dataset, its own question text"),
 }

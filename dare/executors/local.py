@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,9 @@ _FIRST = torch.tensor([0])
 
 
 class LocalEngine:
-    """One family, its optimizer and, if asked for, a frozen copy as the reference policy and a critic of its own.
+    """One family, its optimizer and, if asked for, a reference policy and a critic of its own.
 
+    The reference is a frozen copy; of a family with an adapter it is the family itself with the adapter off.
     The rollout side reads the trained weights themselves, so `publish` only counts versions.
     """
 
@@ -59,7 +61,8 @@ class LocalEngine:
         self.pack_length = recipe.train.pack_length
         self.gradient_factor = 1.0
         family.network.recompute = recipe.train.recompute
-        self.reference = copy.deepcopy(family) if needs_reference else None
+        self.needs_reference = needs_reference
+        self.reference = copy.deepcopy(family) if needs_reference and family.adapter is None else None
         self.critic = Critic(family) if critic_lr is not None else None
         if prepare is not None:
             for network in self.networks():
@@ -81,7 +84,7 @@ class LocalEngine:
         cls, recipe: Recipe, tokenizer: Any, *, needs_reference: bool, critic_lr: float | None = None
     ) -> LocalEngine:
         """The engine of a recipe: its checkpoint loaded, or its new model with keyed initial weights."""
-        family = build_family(recipe.model, tokenizer, Key(recipe.seed))
+        family = build_family(recipe.model, tokenizer, Key(recipe.seed), recipe.lora)
         num_updates = recipe.train.steps * recipe.train.updates_per_rollout
         return cls(recipe, family, num_updates=num_updates, needs_reference=needs_reference, critic_lr=critic_lr)
 
@@ -168,11 +171,8 @@ class LocalEngine:
         An empty part is a forward of the first view that counts for nothing: processes that hold shards of one
         network have to forward equally often.
         """
-        if is_reference and self.reference is None:
-            raise ValueError("this engine was built without a reference policy")
-        family = self.reference if is_reference and self.reference is not None else self.family
         score_RS = torch.zeros(views.noisy_RS.shape)
-        with torch.no_grad():
+        with torch.no_grad(), self._policy(is_reference) as family:
             for part in parts:
                 chosen, rows = _rows(views, canvas, part if len(part) else _FIRST)
                 if role == "policy":
@@ -253,6 +253,23 @@ class LocalEngine:
 
     def close(self) -> None:
         """Nothing is held open."""
+
+    @contextmanager
+    def _policy(self, is_reference: bool) -> Iterator[Family]:
+        """The family whose log-probs are asked for; the reference of one with an adapter is that family without it."""
+        if not is_reference:
+            yield self.family
+            return
+        if not self.needs_reference:
+            raise ValueError("this engine was built without a reference policy")
+        if self.reference is not None:
+            yield self.reference
+            return
+        adapter = self.family.adapter
+        if adapter is None:
+            raise ValueError("the adapter that the reference is read without has been merged")
+        with adapter.off():
+            yield self.family
 
     def _critic(self) -> Critic:
         if self.critic is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ from dare.families.layers.head import chunk_rows, linear_logp, linear_total
 from dare.families.layers.moe import ExpertLoad
 from dare.families.network import Network as Network
 from dare.families.streams import pack_streams
+
+if TYPE_CHECKING:
+    from dare.families.lora import Adapter
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,7 @@ class Family:
         self.generation_config = generation_config
         self.buffer_dtypes = dict(buffer_dtypes or {})
         self.code_files = dict(code_files or {})
+        self.adapter: Adapter | None = None  # see `dare.families.lora`
 
     @property
     def dtype(self) -> torch.dtype:

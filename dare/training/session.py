@@ -205,7 +205,7 @@ class Session:
         return found[-1] if found else None
 
     def _write_status(self, status: str, **more: Any) -> None:
-        packages = {name: version(name) for name in ("dare-dllm", "torch", "transformers", "reasoning-gym")}
+        packages = {name: version(name) for name in ("dare-dllm", "torch", "transformers", "peft", "reasoning-gym")}
         machine = {"system": platform.platform(), "cpu_threads": torch.get_num_threads()}
         if torch.cuda.is_available():
             machine["gpu"] = torch.cuda.get_device_name()
