@@ -48,7 +48,7 @@ def measure(mode: str, num_views: int) -> float:
             "model": {"create": {"family": "llada"}},
             "algorithm": {"name": "sft", "views_per_sample": num_views},
             "task": "chain_sum",
-            "train": {"micro_batch_views": 1 if mode == "replay" else 10**6},
+            "train": {"micro_batch_views": 1 if mode == "replay" else 10**6, "micro_batch_tokens": 10**9},
         },
         where="benchmark",
     )

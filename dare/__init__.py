@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dare.api import average as average
     from dare.api import convert as convert
     from dare.api import evaluate as evaluate
     from dare.api import evaluate_benchmarks as evaluate_benchmarks
@@ -21,13 +22,14 @@ if TYPE_CHECKING:
 _HOMES = {
     "load": "dare.model",
     "Model": "dare.model",
+    "average": "dare.api",
     "convert": "dare.api",
     "evaluate": "dare.api",
     "evaluate_benchmarks": "dare.api",
     "export": "dare.exports",
     "train": "dare.api",
 }
-__all__ = ["Model", "convert", "evaluate", "evaluate_benchmarks", "export", "load", "train"]
+__all__ = ["Model", "average", "convert", "evaluate", "evaluate_benchmarks", "export", "load", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -24,13 +24,15 @@ from dare.evals.benchmarks.table import find_benchmark
 from dare.evals.presets import plan
 from dare.evals.runner import evaluate_task
 from dare.evals.suite import Shard, run_benchmark
+from dare.families.average import average_checkpoints
 from dare.families.convert import DEFAULT_MASK_TOKEN, Shift, convert_causal
+from dare.families.tokenizer import load_tokenizer
 from dare.families.weights import resolve_checkpoint
 from dare.model import Model, find_dtype, load
 from dare.rollout.engine import denoise
 from dare.sandbox.run import Sandbox
 from dare.terminal.progress import NullReporter
-from dare.training.checkpoint import resolve_model_path
+from dare.training.checkpoint import list_checkpoints, resolve_model_path
 from dare.training.run import train as run_recipe
 from dare.training.session import Reporter
 
@@ -75,6 +77,24 @@ def convert(
     model = Model(family, tokenizer)
     model.save(out)
     return model
+
+
+def average(checkpoints: Sequence[str | Path], out: str | Path, *, last: int | None = None) -> list[Path]:
+    """Write the mean of several checkpoints to the folder `out`, atomically; returns the checkpoints, oldest first.
+
+    checkpoints  folders or hub ids; or one run folder, which stands for the `last` checkpoints that it has kept
+    Raises DareError as `dare.families.average.average_checkpoints`.
+    """
+    folders = [Path(path) for path in checkpoints]
+    if len(folders) == 1 and (folders[0] / "checkpoints").is_dir():
+        folders = list_checkpoints(folders[0] / "checkpoints")
+        folders = folders if last is None else folders[-last:]
+    elif last is not None:
+        raise DareError("--last counts the checkpoints of one run folder", where="last", got=last, fix="remove it")
+    folders = [resolve_checkpoint(resolve_model_path(str(folder))) for folder in folders]
+    family = average_checkpoints(folders)
+    Model(family, load_tokenizer(folders[0])).save(out)
+    return folders
 
 
 def evaluate(

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from dare.cli_average import average
 from dare.cli_compare import compare
 from dare.cli_data import data_app
 from dare.cli_eval import data_fetch, data_path, eval_app
@@ -24,6 +25,7 @@ from dare.cli_options import (
     load_model,
     token_text,
 )
+from dare.cli_plan import plan
 from dare.cli_seeing import view, watch
 from dare.core.errors import DareError
 
@@ -149,6 +151,8 @@ def generate(
 
 app.command(short_help="Talk to a model; its canvas streams.")(chat)
 app.command(short_help="Make a diffusion model of an autoregressive one.")(convert)
+app.command(short_help="Memory and speed of a recipe, before it runs.")(plan)
+app.command(short_help="Average the weights of several checkpoints.")(average)
 app.command(short_help="Merge an adapter, and write a model to publish.")(export)
 app.command(short_help="Compare algorithms under one budget.")(compare)
 app.command(short_help="Look at a trace: every step, and why.")(view)

@@ -56,6 +56,12 @@ def check_attention(name: str, algorithm: Any, attention: str) -> None:
 
 def _check_online(recipe: Recipe, algorithm: Any) -> list[str]:
     name = recipe.algorithm.name
+    if recipe.validation is not None:
+        raise DareError(
+            f"algorithm {name} trains on rewards, which have no held-out loss",
+            where="validation",
+            fix="remove it; evaluation.every measures held-out solve rates",
+        )
     if recipe.task is None:
         raise DareError(f"algorithm {name} trains on rewards", where="task", got="none", fix="add a task to the recipe")
     if recipe.data is not None:

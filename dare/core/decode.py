@@ -22,8 +22,9 @@ UnmaskPolicy = Literal[
     "entropy_bound",
 ]
 ScheduleName = Literal["even", "timesteps", "carried"]
-Compat = Literal["sampled_scores"]
+Compat = Literal["sampled_scores", "eos_inside_block"]
 _THRESHOLD_POLICIES = ("threshold", "capped_threshold")
+_RANKED_POLICIES = ("low_confidence", "max_prob", "entropy", "margin")  # a quota of the best
 DYNAMIC_POLICIES = ("threshold", "factor", "entropy_bound")  # commit as many as the rule allows, at least one
 
 
@@ -44,7 +45,19 @@ class Decode(Options):
         "that some steps commit nothing and the last one the rest (Dream); carried: even, and what earlier steps left "
         "of theirs (for unmask: capped_threshold)",
     )
+    t_min: float = Field(
+        1e-3,
+        gt=0.0,
+        lt=1.0,
+        description="for schedule: timesteps and unmask: independent, the last of the evenly spaced times (Dream: eps)",
+    )
     unmask: UnmaskPolicy = Field("low_confidence", description="which masked positions a step commits")
+    unmask_temperature: float = Field(
+        0.0,
+        ge=0.0,
+        description="0: the positions of highest score; otherwise positions are drawn from softmax(score / this) "
+        "without replacement (Dream: alg_temp)",
+    )
     threshold: float | None = Field(
         None, ge=0.0, description="for unmask: threshold and capped_threshold, confidence in (0, 1]; default 0.9"
     )
@@ -81,7 +94,9 @@ class Decode(Options):
     compat: tuple[Compat, ...] = Field(
         (),
         description="published behaviour that is not the default. sampled_scores: positions are ranked by the "
-        "distribution that is sampled (temperature, top-k, top-p), not by the network's own (Dream, SDAR, LLaDA2.x)",
+        "distribution that is sampled (temperature, top-k, top-p), not by the network's own (Dream, SDAR, LLaDA2.x). "
+        "eos_inside_block: eos_stop ends a row as soon as an EOS is committed with nothing masked before it, the rest "
+        "of its block left masked (LLaDA2.0, eos_early_stop)",
     )
     batch_size: int = Field(256, ge=1, description="sequences denoised together; never changes a completion")
 
@@ -108,6 +123,21 @@ class Decode(Options):
             raise ValueError(
                 f"schedule: carried needs unmask: capped_threshold, got unmask: {self.unmask}: every other policy "
                 "commits all that it may; change one of them"
+            )
+        if self.t_min != type(self).model_fields["t_min"].default and not self.has_empty_steps:
+            raise ValueError(
+                f"t_min needs schedule: timesteps or unmask: independent, got schedule: {self.schedule}, unmask: "
+                f"{self.unmask}; remove t_min"
+            )
+        if self.unmask_temperature and self.unmask not in _RANKED_POLICIES:
+            raise ValueError(
+                f"unmask_temperature draws a quota of positions by their score, got unmask: {self.unmask}; use "
+                f"{', '.join(_RANKED_POLICIES)}, or set unmask_temperature: 0"
+            )
+        if "eos_inside_block" in self.compat and (self.eos_stop is False or self.edit_threshold is not None):
+            raise ValueError(
+                "compat: eos_inside_block is a way to stop at an EOS, and a token that may be edited has not stopped "
+                "anything; remove it, or remove eos_stop: false and edit_threshold"
             )
         self._check_remask()
         for field, policies in (
@@ -136,6 +166,12 @@ class Decode(Options):
             raise ValueError(
                 f"remask: {self.remask} ranks tokens by how sure the network was of them, on the even schedule, got "
                 f"unmask: {self.unmask}, schedule: {self.schedule}; use low_confidence, max_prob, entropy or margin"
+            )
+        if "eos_inside_block" in self.compat:
+            raise ValueError(f"remask: {self.remask} may take an EOS back; remove compat: eos_inside_block")
+        if self.unmask_temperature:
+            raise ValueError(
+                f"remask: {self.remask} keeps the tokens of highest score, unmask_temperature draws them; remove one"
             )
         if self.edit_threshold is not None:
             raise ValueError(

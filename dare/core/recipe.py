@@ -25,6 +25,7 @@ from dare.core.recipe_errors import explain
 from dare.core.reference_recipe import ReferenceRecipe
 from dare.core.registry import resolve
 from dare.core.reward_recipe import GroupRecipe, RewardRecipe
+from dare.core.validation_recipe import ValidationRecipe
 
 
 class Plugin(BaseModel):
@@ -113,6 +114,15 @@ class TrainRecipe(Options):
     completions_per_prompt: int = Field(8, ge=1, description="online: group size G")
     updates_per_rollout: int = Field(1, ge=1, description="online: optimizer steps per rollout (mu)")
     micro_batch_views: int = Field(256, ge=1, description="views per forward and backward; never changes the result")
+    micro_batch_tokens: int = Field(
+        16384, ge=1, description="positions per forward and backward, padding included; never changes the result"
+    )
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="what a backward computes again instead of keeping it: nothing; all but matrix products and "
+        "attention; whole layers. Less memory, more time, the same result",
+    )
+    is_compiled: bool = Field(False, description="run the network through torch.compile; needs a compiler")
     pack_length: int | None = Field(
         None,
         ge=1,
@@ -152,9 +162,12 @@ class CheckpointRecipe(Options):
 
 class LogRecipe(Options):
     every: int = Field(1, ge=1, description="steps between lines on the console")
-    samples_every: int = Field(20, ge=1, description="steps between logged completions")
+    samples_every: int | None = Field(20, ge=1, description="steps between logged completions; null: only at the end")
     traces: int = Field(0, ge=0, description="held-out completions per evaluation kept for `dare view`, in traces/")
     tensorboard: bool = Field(False, description="needs the extra dare-dllm[tensorboard]")
+    peak_tflops: float | None = Field(
+        None, gt=0.0, description="the device's peak in TFLOP/s, for the utilisation (MFU); default: known GPUs'"
+    )
     wandb_project: str | None = Field(None, description="needs the extra dare-dllm[wandb]")
 
 
@@ -181,6 +194,7 @@ class Recipe(Options):
     reference: ReferenceRecipe = ReferenceRecipe()
     optimizer: OptimizerRecipe = OptimizerRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
+    validation: ValidationRecipe | None = Field(None, description="offline: held-out loss; default: none")
     checkpoint: CheckpointRecipe = CheckpointRecipe()
     log: LogRecipe = LogRecipe()
 

@@ -24,7 +24,6 @@ Rule = Callable[["Tensor", "Tensor", "Due", Decode], "Tensor"]
 _THRESHOLD = 0.9
 _FACTOR = 1.0
 _ENTROPY_BOUND = 0.35
-_LAST_TIME = 1e-3
 
 
 class Due(NamedTuple):
@@ -38,15 +37,17 @@ class Due(NamedTuple):
     share_B: Tensor
 
 
-def due(schedule: str, num_masked_B: Tensor, num_left_B: Tensor, num_steps: int, step_B: Tensor) -> Due:
+def due(
+    schedule: str, num_masked_B: Tensor, num_left_B: Tensor, num_steps: int, step_B: Tensor, t_min: float = 1e-3
+) -> Due:
     """What step `step_B` of `num_steps` owes to a block that began with `num_masked_B` masks and has `num_left_B`.
 
-    Raises DareError for an unknown schedule.
+    `t_min`: see `reveal_share`. Raises DareError for an unknown schedule.
     """
     if schedule not in SCHEDULES:
         raise unknown_name("schedule", schedule, SCHEDULES, where="decode.schedule")
-    quota_B = SCHEDULES[schedule](num_masked_B, num_left_B, num_steps, step_B)
-    return Due(quota_B, reveal_share(num_steps, step_B))
+    share_B = reveal_share(num_steps, step_B, t_min)
+    return Due(SCHEDULES[schedule](num_masked_B, num_left_B, num_steps, step_B, share_B), share_B)
 
 
 def quota(num_masked_B: Tensor, num_steps: int, step_B: Tensor) -> Tensor:
@@ -64,32 +65,32 @@ def cumulative_quota(num_masked_B: Tensor, num_steps: int, step_B: Tensor) -> Te
     return num_masked_B // num_steps * done_B + torch.minimum(done_B, num_masked_B % num_steps)
 
 
-def reveal_share(num_steps: int, step_B: Tensor) -> Tensor:
-    """float32 [B]: 1 - s / t for the times t > s around a step, evenly spaced from 1 to 1e-3; 1 from the last step on.
+def reveal_share(num_steps: int, step_B: Tensor, t_min: float) -> Tensor:
+    """float32 [B]: 1 - s / t for the times t > s around a step, evenly spaced from 1 to t_min; 1 from the last step on.
 
     The share of the masks at time t that the reverse process has revealed at time s (Dream, `diffusion_generate`).
     """
-    time_T = torch.linspace(1.0, _LAST_TIME, num_steps + 1)
+    time_T = torch.linspace(1.0, t_min, num_steps + 1)
     share_T = 1.0 - time_T[1:] / time_T[:-1]
     share_T[-1] = 1.0
     return share_T.to(step_B.device)[step_B.clamp(max=num_steps - 1)]
 
 
-def _even(num_masked_B: Tensor, num_left_B: Tensor, num_steps: int, step_B: Tensor) -> Tensor:
+def _even(num_masked_B: Tensor, num_left_B: Tensor, num_steps: int, step_B: Tensor, share_B: Tensor) -> Tensor:
     return quota(num_masked_B, num_steps, step_B)
 
 
-def _by_timesteps(num_masked_B: Tensor, num_left_B: Tensor, num_steps: int, step_B: Tensor) -> Tensor:
+def _by_timesteps(num_masked_B: Tensor, num_left_B: Tensor, num_steps: int, step_B: Tensor, share_B: Tensor) -> Tensor:
     """Dream's counts: rounded down in float32, so as many steps as masks begin with an empty one."""
-    return (num_left_B.float() * reveal_share(num_steps, step_B)).long()
+    return (num_left_B.float() * share_B).long()
 
 
-def _carried(num_masked_B: Tensor, num_left_B: Tensor, num_steps: int, step_B: Tensor) -> Tensor:
+def _carried(num_masked_B: Tensor, num_left_B: Tensor, num_steps: int, step_B: Tensor, share_B: Tensor) -> Tensor:
     """All that the even schedule has asked for so far and was not committed (Fast-dLLM for Dream, without a cache)."""
     return cumulative_quota(num_masked_B, num_steps, step_B) - (num_masked_B - num_left_B)
 
 
-SCHEDULES: dict[str, Callable[[Tensor, Tensor, int, Tensor], Tensor]] = {
+SCHEDULES: dict[str, Callable[[Tensor, Tensor, int, Tensor, Tensor], Tensor]] = {
     "even": _even,
     "timesteps": _by_timesteps,
     "carried": _carried,
@@ -126,6 +127,17 @@ def running_confidence(
     """
     is_kept_BK = _best(score_BK, is_masked_BK | is_held_BK, num_kept_B)
     return is_kept_BK & is_masked_BK, is_held_BK & ~is_kept_BK
+
+
+def drawn_order(score_N: Tensor, temperature: float, uniform_N: Tensor) -> Tensor:
+    """float64 [N]: scores whose `n` highest of a row are a draw without replacement from softmax(score / temperature).
+
+    Adding Gumbel noise to the logits makes the order of the sums that of successive draws (Gumbel-top-k; Kool et al.
+    2019). Dream calls the temperature `alg_temp` and draws with `torch.multinomial`: the same distribution. At
+    temperature 0 the scores themselves.
+    """
+    score_N = score_N.double()
+    return score_N if temperature == 0.0 else score_N / temperature - (-uniform_N.double().log()).log()
 
 
 def is_distribution_only(policy: str) -> bool:

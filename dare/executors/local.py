@@ -22,14 +22,17 @@ from dare.core.rng import Key
 from dare.core.spec import FamilySpec
 from dare.core.types import AuxLoss, Canvas, Samples, TraceBatch, Views
 from dare.data.packing import packs
+from dare.executors.compiled import compile_network
 from dare.families.base import Family, Network
 from dare.families.build import build_family
 from dare.families.critic import Critic
+from dare.families.flops import training_flops
 from dare.families.layers.moe import ExpertLoad
 from dare.families.predict import target_argmax
 from dare.families.weights import load_weights, save_family
 from dare.rollout.engine import denoise
 from dare.rollout.tree import grow_trees
+from dare.training.micro_batches import micro_batches
 from dare.training.optim import Optimizer
 
 _FIRST = torch.tensor([0])
@@ -54,9 +57,10 @@ class LocalEngine:
     ) -> None:
         """`prepare` is called with every network before the optimizers take its parameters."""
         self.family = family
-        self.micro_batch_views = recipe.train.micro_batch_views
+        self.max_views, self.max_tokens = recipe.train.micro_batch_views, recipe.train.micro_batch_tokens
         self.pack_length = recipe.train.pack_length
         self.gradient_factor = 1.0
+        family.network.recompute = recipe.train.recompute
         self.needs_reference = needs_reference
         self.reference = copy.deepcopy(family) if needs_reference and family.adapter is None else None
         self.critic = Critic(family) if critic_lr is not None else None
@@ -71,6 +75,9 @@ class LocalEngine:
         self.weights_version = 0
         self.load_of_step = ExpertLoad()
         self.num_view_forwards = 0
+        self.flops_of_step = 0.0
+        if recipe.train.is_compiled:
+            compile_network(self.family.network)
         self.family.network.eval()  # dropout off: both passes of an update must be the same function
 
     @classmethod
@@ -153,7 +160,10 @@ class LocalEngine:
         auxiliary: AuxLoss | None = None,
         role: Role = "policy",
     ) -> Tensor:
-        parts = self._micro_batches(replayed_rows(grad_RS, auxiliary), views, samples)
+        run_R = replayed_rows(grad_RS, auxiliary)
+        if role == "policy":
+            self.flops_of_step += training_flops(self.family, *_rows(views, samples.canvas, run_R))
+        parts = self._micro_batches(run_R, views, samples)
         return self.replay_parts(views, samples.canvas, grad_RS, parts, auxiliary=auxiliary, role=role)
 
     def score_parts(
@@ -203,17 +213,17 @@ class LocalEngine:
         for part in parts:
             chosen, rows = _rows(views, canvas, part if len(part) else _FIRST)
             terms: list[Tensor] = []
+            weight_RS = grad_RS[part] if len(part) else torch.zeros_like(grad_RS[:1])
             if role == "critic":
                 score = self._critic().view_value(chosen, rows)
+                total = (weight_RS.to(score.device) * score).sum()
             else:
                 load = self.load_of_step if len(part) else None
                 hidden_RTD = self.family.view_hidden(chosen, rows, load, is_packed=self.is_packed)
-                score = self.family.target_logp(hidden_RTD, chosen)
+                total, score = self.family.target_total(hidden_RTD, chosen, weight_RS)
                 if auxiliary is not None and len(part):
                     terms = self._aux_terms(hidden_RTD, chosen, auxiliary, part)
-            weight = grad_RS[part].to(score.device) if len(part) else torch.zeros_like(score)
-            total = (weight * score).sum() + sum(terms)
-            (total * self.gradient_factor).backward()  # type: ignore[no-untyped-call]
+            ((total + sum(terms)) * self.gradient_factor).backward()  # type: ignore[no-untyped-call]
             if len(part):
                 score_RS[part] = score.detach().cpu()
         return score_RS
@@ -222,7 +232,9 @@ class LocalEngine:
         if role == "policy":
             load, self.load_of_step = self.load_of_step, ExpertLoad()
             num_forwards, self.num_view_forwards = self.num_view_forwards, 0
-            return {**self.optimizer.step(), **load.metrics(), "view_forwards": float(num_forwards)}
+            flops, self.flops_of_step = self.flops_of_step, 0.0
+            metrics = {**self.optimizer.step(), **load.metrics(), "view_forwards": float(num_forwards)}
+            return metrics | ({"model_tflop": flops / 1e12} if flops else {})
         self._critic()
         return self.critic_optimizer.step()
 
@@ -283,14 +295,14 @@ class LocalEngine:
         return [value_A.sum()]
 
     def _micro_batches(self, rows: Tensor, views: Views, samples: Samples) -> list[Tensor]:
-        """The views `rows` in parts of one forward each: so many views, or packs of so many tokens."""
+        """The views `rows` in parts of one forward each: of about equal length, or packs of so many tokens."""
         self.num_view_forwards += len(rows)
         if not len(rows):
             return []
-        if self.pack_length is None:
-            return list(torch.split(rows, self.micro_batch_views))
-        lengths = samples.canvas.is_real_BS.sum(-1)[views.sample_R[rows]]
-        return [rows[torch.tensor(pack)] for pack in packs(lengths.tolist(), self.pack_length)]
+        length_R = samples.canvas.is_real_BS.sum(-1)[views.sample_R[rows]]
+        if self.pack_length is not None:
+            return [rows[torch.tensor(pack)] for pack in packs(length_R.tolist(), self.pack_length)]
+        return [rows[part] for part in micro_batches(length_R, max_views=self.max_views, max_tokens=self.max_tokens)]
 
 
 def read_tensors(directory: Path, name: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:

@@ -95,6 +95,19 @@ class ModelSizes:
     norm_eps: float | None = None
 
 
+def code_map(module: str, config_class: str, model_class: str, base_class: str | None = None) -> dict[str, str]:
+    """The `auto_map` of a new config: where the official code has its classes, for those who load with that code.
+
+    Nothing here runs it; its files have to be put beside the weights (see `Family.code_files`).
+    """
+    model = f"modeling_{module}.{model_class}"
+    return {
+        "AutoConfig": f"configuration_{module}.{config_class}",
+        "AutoModel": model if base_class is None else f"modeling_{module}.{base_class}",
+        "AutoModelForCausalLM": model,
+    }
+
+
 class Fields:
     """The fields of one config.json. What is asked for and absent, malformed or not implemented is a DareError.
 

@@ -16,6 +16,7 @@ from dare.families.base import Network
 from dare.families.config import DenseShape
 from dare.families.layers.attention import AttentionCall, KVCache, Visible, rotary_attention
 from dare.families.layers.norm import RMSNorm
+from dare.families.layers.recompute import run_layer
 from dare.families.layers.rope import rotation
 
 
@@ -28,6 +29,7 @@ class StackedNetwork(Network):
     def __init__(self, shape: DenseShape, model: nn.Module) -> None:
         super().__init__()
         self.num_layers = shape.num_layers
+        self.num_heads = shape.num_heads
         self.num_kv_heads = shape.num_kv_heads
         self.head_dim = shape.head_dim
         self.logit_scale = shape.logit_scale
@@ -46,7 +48,7 @@ class StackedNetwork(Network):
         call = AttentionCall(position_BT, turn, visible, cache)
         x_BTD: Tensor = self.embedding(ids_BT)
         for index, layer in enumerate(self.model.layers):
-            x_BTD = layer(x_BTD, index, call)
+            x_BTD = run_layer(layer, x_BTD, index, call, self.recompute)
         normed: Tensor = self.model.norm(x_BTD)
         return normed
 

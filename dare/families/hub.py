@@ -8,14 +8,15 @@ from pathlib import Path
 from dare.core.errors import DareError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_PATTERNS = ["*.json", "*.safetensors", "tokenizer*", "*.jinja", "*.txt"]  # configs, weights, tokenizers; no code
+# Configs, weights, tokenizers; and code, which is saved again with a trained model but never run.
+_PATTERNS = ["*.json", "*.safetensors", "tokenizer*", "*.jinja", "*.txt", "*.py"]
 
 
 def resolve_checkpoint(path_or_hub_id: str | Path) -> Path:
     """An existing folder as it is; otherwise the local copy of a Hugging Face repository, downloaded if needed.
 
-    Only configs, safetensors and tokenizer files are fetched, never code or pickles. Raises DareError if there is
-    no such folder and no such repository, or the hub cannot be reached and has not been before.
+    Configs, safetensors, tokenizer and code files are fetched, never pickles; code is not run. Raises DareError if
+    there is no such folder and no such repository, or the hub cannot be reached and has not been before.
     """
     path = Path(path_or_hub_id).expanduser()
     if path.is_dir():

@@ -1,7 +1,7 @@
 """Checkpoints in the Hugging Face layout to native families and back: strict, streaming, without foreign code.
 
-`auto_map` and everything else that a native network does not need stays in the config and is saved with it, but
-is never executed.
+`auto_map`, the code files that it names and everything else that a native network does not need are kept and saved
+again, so that the official code and servers can load the result. They are never executed.
 """
 
 from __future__ import annotations
@@ -48,7 +48,15 @@ def load_family(path: str | Path, dtype: torch.dtype | None = None, device: torc
     network.to(dtype=dtype or _stored_dtype(network, shards)).to_empty(device=device)
     _fill(network, shards)
     buffer_dtypes = {name: shards.dtypes[name] for name, _ in network.named_buffers()}
-    return Family(spec, network, config, generation_config, buffer_dtypes)
+    return Family(spec, network, config, generation_config, buffer_dtypes, read_code_files(folder, config))
+
+
+def read_code_files(folder: Path, config: Config) -> dict[str, bytes]:
+    """The code that a checkpoint brings along, unread, by file name; {} if its config names none (`auto_map`).
+
+    All Python files of the folder belong to it, because those that are named import the others.
+    """
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.py"))} if config.get("auto_map") else {}
 
 
 def read_spec(path: str | Path) -> FamilySpec:
@@ -91,7 +99,7 @@ def filled_family(family: Family, tensors: Mapping[str, Tensor]) -> Family:
 
 
 def save_family(family: Family, directory: Path, dtype: torch.dtype | None = None) -> None:
-    """Write config.json, generation_config.json (if there is one) and model.safetensors into `directory`.
+    """Write config.json, model.safetensors and, if there are any, generation_config.json and code into `directory`.
 
     A family with an adapter is saved as its adapter alone, in the format of `peft` and the dtype it has.
     Names are the official ones, a tied head is not stored, fields of the config that were not touched are kept.
@@ -121,6 +129,8 @@ def save_family(family: Family, directory: Path, dtype: torch.dtype | None = Non
     write_json(directory / _CONFIG_NAME, config)
     if family.generation_config is not None:
         write_json(directory / _GENERATION_NAME, family.generation_config)
+    for name, content in family.code_files.items():
+        (directory / name).write_bytes(content)
 
 
 def create_family(

@@ -39,6 +39,7 @@ _CHARTS: tuple[tuple[str, Unit, tuple[tuple[str, str], ...], str | None], ...] =
     ("Solve rate", "percent", (("solve_rate", "rollouts"),), "solve_rate"),
     ("Reward", "number", (("reward", "rollouts"), ("trained_reward", "trained reward")), "reward_mean"),
     ("Loss", "number", (("loss", "loss"),), None),
+    ("Held-out loss, nats per token", "number", (), "nll_per_token"),
     ("KL", "number", (("kl", "KL"),), None),
     ("Policy ratio", "number", (("ratio", "ratio"),), None),
     ("Gradient norm", "number", (("grad_norm", "gradient norm"),), None),
@@ -50,6 +51,9 @@ _CHARTS: tuple[tuple[str, Unit, tuple[tuple[str, str], ...], str | None], ...] =
     ("Groups that are trained on", "percent", (("kept_groups", "share of groups"),), None),
     ("Tokens per forward", "number", (("tokens_per_forward", "rollouts"),), "tokens_per_forward"),
 )
+_NOISE_TITLE = "Loss by share of masked tokens, smoothed, nats per token"
+_NOISE_PREFIX = "nll_at/"
+_SMOOTHING_SHARE = 0.05  # time constant of a smoothed curve, of the run's length
 
 
 def charts(run: RunData, reference: list[Record] | None = None) -> list[Chart]:
@@ -61,12 +65,40 @@ def charts(run: RunData, reference: list[Record] | None = None) -> list[Chart]:
     for title, unit, metrics, evaluation in _CHARTS:
         series = [_training(run.metrics, name, label) for name, label in metrics]
         if evaluation is not None:
-            series.append(_held_out(run.evaluations, evaluation))
+            series.append(_held_out([*run.evaluations, *run.validations], evaluation))
             series.append(_reference(reference or [], evaluation))
         present = [item for item in series if item.values]
         if any(item.tone is None for item in present):
             found.append(Chart(title, unit, present, _note(run.metrics, [name for name, _ in metrics])))
+    levels = _by_noise(run.metrics)
+    return found + ([Chart(_NOISE_TITLE, "number", levels)] if levels else [])
+
+
+def smoothed(values: list[float], time_constant: float) -> list[float]:
+    """Exponential means of the values so far, weighted as if there had been none before the first."""
+    decay = math.exp(-1.0 / max(time_constant, 1e-9))
+    found, total, weight = [], 0.0, 0.0
+    for value in values:
+        total, weight = decay * total + value, decay * weight + 1.0
+        found.append(total / weight)
     return found
+
+
+def _by_noise(records: list[Record]) -> list[Series]:
+    """One smoothed curve per noise level: single steps have few tokens of each."""
+    names = sorted({name for record in records for name in record if name.startswith(_NOISE_PREFIX)}, key=_lower_end)
+    series = []
+    for name in names:
+        points = [(float(r["step"]), float(r[name])) for r in records if _is_finite(r.get(name))]
+        values = smoothed([value for _, value in points], len(records) * _SMOOTHING_SHARE)
+        stride = math.ceil(len(points) / _MAX_POINTS) or 1
+        label = f"{name.removeprefix(_NOISE_PREFIX)} %"
+        series.append(Series(label, [step for step, _ in points][::stride], values[::stride]))
+    return series
+
+
+def _lower_end(name: str) -> int:
+    return int(name.removeprefix(_NOISE_PREFIX).partition("-")[0])
 
 
 def _training(records: list[Record], name: str, label: str) -> Series:

@@ -19,6 +19,7 @@ _NUMBER = (int, float)
 _NEEDED: dict[str, dict[str, Any]] = {
     "metrics": {"step": int},
     "timing": {"step": int},
+    "validation": {"step": int},
     "eval": {
         "step": int,
         "task": str,
@@ -59,6 +60,7 @@ class RunData:
     samples: list[Record]
     traces: list[Path] = field(default_factory=list)
     unread: list[str] = field(default_factory=list)  # what is there and could not be read, in plain words
+    validations: list[Record] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -132,6 +134,7 @@ def load_run(path: Path) -> RunData:
         metrics=logs["metrics"],
         timing=logs["timing"],
         evaluations=logs["eval"],
+        validations=logs["validation"],
         samples=logs["samples"],
         traces=sorted((path / "traces").glob("*.safetensors")),
         unread=unread,

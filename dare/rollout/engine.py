@@ -150,6 +150,8 @@ class Run:
             is_settled_H = ~has_mask_H & ~is_written_HK.any(-1)
             is_complete_H = is_active_H & ~batch.masked(row_H).any(-1) & (is_settled_H | ~self._may_edit(row_H))
             batch.is_done_B[row_H] |= is_complete_H & self._is_terminal(row_H)
+            if self.plan.has_stop_inside:
+                batch.is_done_B[row_H] |= self._has_ended(row_H, is_written_HK)
             if has_step:
                 yield row_H[is_denoising_H], is_written_HK[is_denoising_H]
             # With a store pass, a block is stored by the first forward that finds it complete and leaves it so.
@@ -184,6 +186,8 @@ class Run:
         score_N = found.score_N
         if unmask.find_policy(decode.unmask).score == "uniform":
             score_N = self.key.fold("unmask").uniform(*counters)
+        if decode.unmask_temperature:
+            score_N = unmask.drawn_order(score_N, decode.unmask_temperature, self.key.fold("unmask").uniform(*counters))
         score_HK = torch.zeros(is_masked_HK.shape, dtype=score_N.dtype, device=score_N.device)
         score_HK[place_N, column_N] = score_N
         held_N = batch.canvas.input_BS[row_N, position_N]
@@ -205,7 +209,7 @@ class Run:
         if decode.remask != "none":
             return self._keep_best(row_H, score_HK, is_masked_HK, is_denoising_H)
         num_masked_H, num_left_H = self.batch.num_masked_B[row_H], is_masked_HK.sum(-1)
-        due = unmask.due(decode.schedule, num_masked_H, num_left_H, plan.num_steps, step_H)
+        due = unmask.due(decode.schedule, num_masked_H, num_left_H, plan.num_steps, step_H, decode.t_min)
         if self.predictions is not None:
             quota_H = due.quota_B if unmask.has_quota(decode.unmask) else None
             self.predictions.add_steps(self.batch, row_H, quota_H, is_denoising_H)
@@ -241,6 +245,16 @@ class Run:
         place_HK = (row_H[:, None], batch.window(row_H))
         is_eos_HK = is_eos(batch.canvas.input_BS[place_HK], self.family.spec.eos_ids)
         return is_last_H | (is_eos_HK & batch.canvas.is_completion_BS[place_HK]).any(-1)
+
+    def _has_ended(self, row_H: Tensor, is_written_HK: Tensor) -> Tensor:
+        """bool [H]: whether an EOS was just written and nothing is masked before the first EOS of the block."""
+        batch = self.batch
+        place_HK = (row_H[:, None], batch.window(row_H))
+        ids_HK, is_completion_HK = batch.canvas.input_BS[place_HK], batch.canvas.is_completion_BS[place_HK]
+        is_eos_HK = is_eos(ids_HK, self.family.spec.eos_ids) & is_completion_HK
+        is_before_HK = is_eos_HK.long().cumsum(-1) == 0
+        is_open_H = ((ids_HK == batch.mask_id) & is_before_HK).any(-1)
+        return (is_eos_HK & is_written_HK).any(-1) & ~is_open_H
 
 
 def _event(batch: Batch, index_B: Tensor, row_N: Tensor, is_committed_NK: Tensor, width: int) -> StepEvent:

@@ -24,6 +24,7 @@ class Plan:
     num_steps: int  # denoising steps per block of a fixed schedule
     cache: CacheName
     has_eos_stop: bool
+    has_stop_inside: bool  # an EOS ends the row even if its block still holds masks after it
     forbidden_ids: tuple[int, ...]  # never produced
     unranked_ids: tuple[int, ...]  # left out of the distribution that positions are ranked by
     max_post_steps: int  # steps that may go over a complete block to edit it; 0 = tokens are final
@@ -59,12 +60,14 @@ def make_plan(family: Family, decode: Decode) -> Plan:
             got=f"unmask: {decode.unmask}",
             expected="unmask: low_confidence, threshold or factor",
         )
+    has_eos_stop = is_blockwise if decode.eos_stop is None else decode.eos_stop
     return Plan(
         decode=decode,
         block_length=block_length,
         num_steps=block_length if decode.steps_per_block is None else decode.steps_per_block,
         cache=cache,
-        has_eos_stop=is_blockwise if decode.eos_stop is None else decode.eos_stop,
+        has_eos_stop=has_eos_stop,
+        has_stop_inside=has_eos_stop and "eos_inside_block" in decode.compat,
         forbidden_ids=(spec.mask_id, *(spec.eos_ids if decode.forbid_eos else ())),
         unranked_ids=spec.eos_ids if decode.forbid_eos or decode.zero_eos_confidence else (),
         max_post_steps=_max_post_steps(decode),

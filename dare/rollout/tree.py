@@ -133,6 +133,13 @@ def _check(plan: Plan) -> None:
             got=plan.decode.unmask,
             fix="use max_prob, entropy, margin or low_confidence",
         )
+    if plan.has_stop_inside:
+        raise DareError(
+            "the nodes of a tree branch between blocks",
+            where="decode.compat",
+            got="eos_inside_block",
+            fix="remove it",
+        )
     if plan.decode.edit_threshold is not None or plan.decode.remask != "none":
         raise DareError(
             "the nodes of a tree only ever gain tokens, so edits and remasking cannot be on",

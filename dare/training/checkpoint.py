@@ -1,6 +1,6 @@
 """Checkpoints: a HF-layout folder that anything can load, plus `trainer/` for an exact resume.
 
-    checkpoints/step-000100/
+    checkpoints/step-000100/        the newest few; `best/` beside them is that of the lowest validation loss
       config.json  model.safetensors  tokenizer files
       trainer/optimizer.safetensors   moments, step count, fp32 masters of low-precision weights
       trainer/state.json              step, seed, byte length of every log, size of every file here
@@ -20,6 +20,7 @@ from dare.core.errors import DareError
 from dare.core.files import read_json, whole_directory, write_json
 
 _FORMAT = 1
+BEST_NAME = "best"
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,14 @@ def checkpoint_name(step: int) -> str:
 def save_checkpoint(directory: Path, engine: Engine, tokenizer: Any, state: TrainerState, keep_last: int) -> Path:
     """Write `directory/step-NNNNNN` atomically, then delete all but the newest `keep_last` checkpoints."""
     target = directory / checkpoint_name(state.step)
+    write_checkpoint(target, engine, tokenizer, state)
+    for old in list_checkpoints(directory)[:-keep_last]:
+        shutil.rmtree(old)
+    return target
+
+
+def write_checkpoint(target: Path, engine: Engine, tokenizer: Any, state: TrainerState) -> None:
+    """Write one checkpoint atomically; one that was there stays until the new one is whole."""
     with whole_directory(target) as temporary:
         (temporary / "trainer").mkdir()
         engine.save(temporary)
@@ -48,9 +57,6 @@ def save_checkpoint(directory: Path, engine: Engine, tokenizer: Any, state: Trai
             temporary / "trainer" / "state.json",
             {"format": _FORMAT, "step": state.step, "seed": state.seed, "log_bytes": state.log_bytes, "files": sizes},
         )
-    for old in list_checkpoints(directory)[:-keep_last]:
-        shutil.rmtree(old)
-    return target
 
 
 def list_checkpoints(directory: Path) -> list[Path]:

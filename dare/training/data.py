@@ -27,11 +27,12 @@ class _Side(NamedTuple):
     is_scored: list[bool]
 
 
-def task_rows(task: Task[Any]) -> list[Row]:
-    """The training problems of a task with their reference answers. Raises DareError if it has none."""
+def task_rows(task: Task[Any], split: str = "train", num: int | None = None) -> list[Row]:
+    """The first `num` problems of a split (None: all) with reference answers. Raises DareError if it has none."""
     rows = []
-    for index in range(task.size("train")):
-        prompt = task.prompt("train", index)
+    size = task.size(split)
+    for index in range(size if num is None else min(num, size)):
+        prompt = task.prompt(split, index)
         if prompt.answer is None:
             raise DareError("the task has no reference answers to train on", where=prompt.uid, fix="give data.path")
         if prompt.text is not None:

@@ -15,11 +15,16 @@ from dare.core.rng import Key, stable_id
 from dare.core.types import Samples
 from dare.data.order import Stream, batch_at
 from dare.data.rows import EncodedRow, Example, LabelledRow, PreferencePair
+from dare.diffusion.trace import to_completions
+from dare.families.tokenizer import decode as decode_text
 from dare.tasks.base import Task
 from dare.training.online import evaluate_held_out
 from dare.training.reference import ReferenceStore, check_store, score_missing
 from dare.training.session import Session
 from dare.training.update import draw_views, plan_iterations, update
+from dare.training.validation import validate
+
+_NUM_SHOWN = 4  # completions that are decoded to be looked at
 
 
 def run_offline(
@@ -29,14 +34,21 @@ def run_offline(
     examples: Stream[Example],
     task: Task[Any] | None,
     tokenizer: Any,
+    held_out: Sequence[EncodedRow] = (),
 ) -> None:
-    """Train on `examples` from `session.first_step` to the end; held-out solve rates if there is a task."""
+    """Train on `examples` from `session.first_step` to the end.
+
+    Beside it: the loss on `held_out`, which may end training; solve rates if there is a task; completions to look at.
+    """
     recipe = session.recipe
     rows = _Rows(recipe, engine, algorithm, examples)
     store = _reference_store(session, engine, algorithm, rows)
     if session.first_step == 0 and recipe.evaluation.at_start and task is not None:
         evaluate_held_out(session, engine, task, tokenizer, step=0)
-    for step in range(session.first_step + 1, recipe.train.steps + 1):
+    shown = held_out or rows.some()
+    if session.first_step == 0:
+        _validate(session, engine, held_out, tokenizer, step=0)
+    for step in session.steps():
         with session.phase("data"):
             samples, key = rows.at(step)
         with session.phase("update"):
@@ -46,6 +58,10 @@ def run_offline(
             engine.publish()
         metrics["padding"] = 1.0 - float(samples.canvas.is_real_BS.float().mean())
         session.record_step(step, metrics, num_tokens=int(samples.is_scored_BS.sum()))
+        if recipe.validation is not None and session.is_due(recipe.validation.every, step):
+            _validate(session, engine, held_out, tokenizer, step)
+        if session.is_due(recipe.log.samples_every, step):
+            _show_completions(session, engine, shown, tokenizer, step)
         if session.is_due(recipe.evaluation.every, step) and task is not None:
             evaluate_held_out(session, engine, task, tokenizer, step)
         if session.is_due(recipe.checkpoint.every, step):
@@ -76,6 +92,55 @@ class _Rows:
         batch = batch_at(self._examples, recipe.train.batch_size, step - 1)
         samples = rows_to_samples(self._engine, batch, block_length, progress)
         return samples, key.fold("views") if self._algorithm.has_fixed_views else key.fold("views", step)
+
+    def some(self) -> list[EncodedRow]:
+        """The first rows of the run."""
+        return [_sides(example)[0][0] for example in batch_at(self._examples, _NUM_SHOWN, 0)]
+
+
+def _validate(session: Session, engine: Engine, held_out: Sequence[EncodedRow], tokenizer: Any, step: int) -> None:
+    """The loss on held-out rows; the weights with the lowest so far are kept if the recipe says so."""
+    recipe, options = session.recipe, session.recipe.validation
+    if options is None:
+        return
+    size, block_length = recipe.train.batch_size, recipe.decode.block_length
+    parts = (held_out[start : start + size] for start in range(0, len(held_out), size))
+    with session.phase("validate"):
+        batches = (rows_to_samples(engine, part, block_length) for part in parts)
+        result = validate(engine, batches, Key(recipe.seed).fold("validation"), options.num_masks)
+    session.record_validation(step, result)
+    if options.is_best_kept and session.standing is not None and session.standing.best_step == step:
+        session.save_best(step, engine, tokenizer)
+
+
+def _show_completions(session: Session, engine: Engine, rows: Sequence[EncodedRow], tokenizer: Any, step: int) -> None:
+    """Decode the prompts of a few rows as the recipe decodes; those that leave no room for an answer are left out."""
+    recipe, spec = session.recipe, engine.spec
+    longest = spec.max_length - recipe.decode.gen_length - spec.block_length
+    shown = [row for row in rows[:_NUM_SHOWN] if 0 < len(row.prompt_ids) <= longest]
+    if not shown:
+        return
+    session.reporter.phase("samples")
+    prompts, ids = [row.prompt_ids for row in shown], [stable_id(row.uid) for row in shown]
+    trace = engine.generate(prompts, recipe.decode, Key(recipe.seed).fold("samples"), ids)
+    records = []
+    for row, completion in zip(shown, to_completions(trace), strict=True):
+        records.append(
+            {
+                "split": "shown",
+                "uid": row.uid,
+                "prompt": decode_text(tokenizer, row.prompt_ids, has_special=True),
+                "completion": decode_text(tokenizer, completion.tokens),
+                "reference": decode_text(tokenizer, row.completion_ids),
+                "finish": completion.finish,
+                "nfe": completion.nfe,
+                "tokens": tokenizer.convert_ids_to_tokens(completion.tokens),
+                "step_map": completion.step_map,
+                "logp": [round(value, 4) for value in completion.logp],
+            }
+        )
+    session.record_samples(step, records)
+    session.reporter.samples([(str(record["prompt"]), str(record["completion"]), {}) for record in records])
 
 
 def _reference_store(session: Session, engine: Engine, algorithm: Algorithm[Any], rows: _Rows) -> ReferenceStore | None:

@@ -12,6 +12,7 @@ from dare.core.errors import DareError
 from dare.core.recipe import Recipe
 from dare.data.read import Tally
 from dare.families.build import family_spec
+from dare.families.hub import resolve_checkpoint
 from dare.families.tokenizer import char_tokenizer, load_tokenizer
 from dare.tasks.base import Task
 from dare.training.checkpoint import resolve_model_path
@@ -19,6 +20,7 @@ from dare.training.feed import STREAMS, TextSource, text_sources
 from dare.training.offline import run_offline
 from dare.training.online import run_online
 from dare.training.session import Reporter, Session
+from dare.training.validation import validation_rows
 
 
 def train(recipe: Recipe, run_dir: Path, reporter: Reporter, *, is_resumed: bool = False) -> dict[str, Any]:
@@ -40,6 +42,7 @@ def train(recipe: Recipe, run_dir: Path, reporter: Reporter, *, is_resumed: bool
     recipe = recipe.model_copy(update={"algorithm": recipe.algorithm.with_options(algorithm.options)})
     open_stream = STREAMS[algorithm.row_kind]
     examples = open_stream(sources, recipe, tokenizer, spec, tally) if sources else None
+    held_out = validation_rows(recipe, task, tokenizer, spec)
     is_reference_held = algorithm.needs_reference and recipe.reference.mode == "live"
     engine: Engine = recipe.executor.build().create(
         recipe, tokenizer, needs_reference=is_reference_held, critic_lr=algorithm.critic_lr
@@ -52,7 +55,7 @@ def train(recipe: Recipe, run_dir: Path, reporter: Reporter, *, is_resumed: bool
             engine.load(session.resumed_from)
             engine.publish()
         if examples is not None:
-            run_offline(session, engine, algorithm, examples, task, tokenizer)
+            run_offline(session, engine, algorithm, examples, task, tokenizer, held_out)
             if recipe.data is not None and recipe.data.is_streaming:  # only now is it known
                 for warning in tally.warnings():
                     reporter.message(f"warning: {warning}")
@@ -80,7 +83,7 @@ def with_checkpoint(recipe: Recipe) -> Recipe:
 def model_tokenizer(recipe: Recipe, task: Task[Any] | None, sources: list[TextSource]) -> Any:
     """The checkpoint's tokenizer; for a new model one token per character of the task or of the data."""
     if recipe.model.path is not None:
-        tokenizer = load_tokenizer(recipe.model.path)
+        tokenizer = load_tokenizer(resolve_checkpoint(recipe.model.path))
         if tokenizer is None:
             raise DareError(
                 "the checkpoint has no tokenizer",

@@ -2,8 +2,9 @@
 
 recipe.yaml     the resolved recipe: reruns the run
 metrics.jsonl   one line per step; free of wall time, so a resumed run continues it bit for bit
-timing.jsonl    seconds, tokens/s and peak memory per step
+timing.jsonl    seconds, tokens/s, TFLOP/s, utilisation (where a peak is known) and peak memory per step
 eval.jsonl      held-out evaluations
+validation.jsonl  held-out losses
 samples.jsonl   completions, for reading
 run.json        status, versions, machine
 checkpoints/
@@ -25,20 +26,23 @@ import yaml
 
 from dare.core.engine import Engine
 from dare.core.errors import DareError
-from dare.core.files import JsonLines, write_json, write_text
+from dare.core.files import JsonLines, read_lines, write_json, write_text
 from dare.core.recipe import Recipe
-from dare.training.checkpoint import TrainerState, list_checkpoints, read_state, save_checkpoint
-from dare.training.trackers import Tracker, build_trackers
-
-_LOGS = ("metrics", "timing", "eval", "samples")
-_MAY_CHANGE = (
-    ("executor",),
-    ("log",),
-    ("checkpoint",),
-    ("train", "steps"),
-    ("train", "micro_batch_views"),
-    ("train", "pack_length"),
+from dare.training.checkpoint import (
+    BEST_NAME,
+    TrainerState,
+    list_checkpoints,
+    read_state,
+    save_checkpoint,
+    write_checkpoint,
 )
+from dare.training.throughput import peak_tflops, utilisation
+from dare.training.trackers import Tracker, build_trackers
+from dare.training.validation import Standing, is_out_of_patience, standing
+
+_LOGS = ("metrics", "timing", "eval", "validation", "samples")
+_FREE_IN_TRAIN = ("steps", "micro_batch_views", "micro_batch_tokens", "pack_length", "recompute")
+_MAY_CHANGE = (("executor",), ("log",), ("checkpoint",), *(("train", key) for key in _FREE_IN_TRAIN))
 
 
 class Reporter(Protocol):
@@ -69,9 +73,14 @@ class Session:
         write_text(run_dir / "recipe.yaml", recipe.dump_yaml())
         self.logs = {name: JsonLines(run_dir / f"{name}.jsonl") for name in _LOGS}
         for name, log in self.logs.items():
-            log.truncate(state.log_bytes[name] if state else 0)
+            log.truncate(state.log_bytes.get(name, 0) if state else 0)
+        self.validations = read_lines(run_dir / "validation.jsonl")
+        self.last_step = recipe.train.steps
+        if is_out_of_patience(self.validations, recipe.validation):
+            self.last_step = self.first_step
         self.trackers: list[Tracker] = build_trackers(recipe, run_dir)
         self._timings: dict[str, float] = {}
+        self._peak = peak_tflops(recipe.log.peak_tflops)
         self._started = time.perf_counter()
         self._write_status("running")
         reporter.start(recipe, run_dir, self.first_step, recipe.train.steps)
@@ -88,6 +97,7 @@ class Session:
         """Log a finished step (1-based). `num_tokens`: completion tokens that it produced or trained on."""
         seconds = sum(self._timings.values())
         timings = {"seconds": seconds, **self._timings, "tokens_per_s": num_tokens / max(seconds, 1e-9)}
+        timings |= utilisation(metrics.get("model_tflop"), self._timings.get("update_s", 0.0), self._peak)
         timings["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         self._timings = {}
         self.logs["metrics"].write({"step": step, **metrics})
@@ -95,6 +105,38 @@ class Session:
         for tracker in self.trackers:
             tracker.log(step, {**metrics, **{f"time/{name}": value for name, value in timings.items()}})
         self.reporter.step(step, metrics, timings)
+
+    def steps(self) -> Iterator[int]:
+        """The steps (1-based) that are left, up to `last_step`, which a validation may bring nearer."""
+        step = self.first_step
+        while step < self.last_step:
+            step += 1
+            yield step
+
+    def record_validation(self, step: int, result: dict[str, Any]) -> None:
+        """Log a held-out loss; without an improvement for too long, `step` becomes the last one."""
+        record = {"step": step, **result}
+        self.logs["validation"].write(record)
+        self.validations.append(record)
+        for tracker in self.trackers:
+            tracker.log(step, {f"validation/{name}": value for name, value in result.items()})
+        self._timings = {}
+        now = self.standing
+        if now is None:
+            return
+        self.reporter.message(
+            f"step {step}: validation loss {result['nll_per_token']:.4f} nats per token "
+            f"(+-{result['standard_error']:.4f}), lowest {now.best_loss:.4f} at step {now.best_step}"
+        )
+        if is_out_of_patience(self.validations, self.recipe.validation):
+            self.reporter.message(f"step {step}: no improvement in {now.num_since} validations, training ends here")
+            self.last_step = step
+
+    @property
+    def standing(self) -> Standing | None:
+        """The best validation so far; None before the first one."""
+        options = self.recipe.validation
+        return None if options is None else standing(self.validations, options.min_delta)
 
     def record_evaluation(self, step: int, result: dict[str, Any], records: list[dict[str, Any]]) -> None:
         self.logs["eval"].write({"step": step, **result})
@@ -111,13 +153,22 @@ class Session:
 
     def is_due(self, every: int | None, step: int) -> bool:
         """Whether something that happens every so many steps, and at the end, happens after `step`."""
-        return step == self.recipe.train.steps or (every is not None and step % every == 0)
+        return step == self.last_step or (every is not None and step % every == 0)
 
     def save(self, step: int, engine: Engine, tokenizer: Any) -> Path:
         self.reporter.phase("save")
+        return save_checkpoint(self.checkpoints, engine, tokenizer, self._state(step), self.recipe.checkpoint.keep_last)
+
+    def save_best(self, step: int, engine: Engine, tokenizer: Any) -> Path:
+        """Keep the current weights as the best ones, apart from the newest checkpoints."""
+        self.reporter.phase("save")
+        target = self.checkpoints / BEST_NAME
+        write_checkpoint(target, engine, tokenizer, self._state(step))
+        return target
+
+    def _state(self, step: int) -> TrainerState:
         log_bytes = {name: log.size() for name, log in self.logs.items()}
-        state = TrainerState(step=step, seed=self.recipe.seed, log_bytes=log_bytes)
-        return save_checkpoint(self.checkpoints, engine, tokenizer, state, self.recipe.checkpoint.keep_last)
+        return TrainerState(step=step, seed=self.recipe.seed, log_bytes=log_bytes)
 
     def close(self, status: str, **summary: Any) -> dict[str, Any]:
         """Write the final status and close the logs; returns the summary."""

@@ -24,6 +24,7 @@ from dare.core.errors import NonFiniteError
 from dare.core.rng import Key
 from dare.core.types import AuxLoss, Judgement, Loss, Samples, Views
 from dare.training.mismatch import rollout_gap
+from dare.training.noise import nll_by_noise
 
 
 @dataclass
@@ -100,6 +101,8 @@ def update(engine: Engine, algorithm: Algorithm[Any], samples: Samples, iteratio
         gap = float((replay_RS - logp_RS).abs()[is_replayed].max()) if bool(is_replayed.any()) else 0.0
     _require_finite(loss, logp_RS, views)
     metrics = {name: metric.mean for name, metric in loss.metrics.items()}
+    if algorithm.kind == "offline":
+        metrics |= {name: metric.mean for name, metric in nll_by_noise(logp_RS, views, samples).items()}
     value = float(loss.value.detach())
     if mismatch is not None:
         metrics["rollout_gap"] = mismatch

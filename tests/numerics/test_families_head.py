@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from dare.families.layers import head
-from dare.families.layers.head import chunk_rows, linear_logp
+from dare.families.layers.head import chunk_rows, linear_logp, linear_total
+from dare.training.live_bytes import LiveBytes
 
 N, D, V = 13, 7, 11
 
@@ -74,3 +75,52 @@ def test_low_precision_inputs_give_float32_log_probs() -> None:
     torch.testing.assert_close(logp_N, expected, atol=1e-6, rtol=1e-6)
     grads = torch.autograd.grad(logp_N.sum(), [hidden_ND, weight_VD])
     assert all(grad.dtype == torch.bfloat16 for grad in grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 5, 64])
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+def test_known_factors_give_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, rows: int, scale: float
+) -> None:
+    """Whether the gradient comes with the log-probs or in the backward: same log-probs, same gradients."""
+    monkeypatch.setattr(head, "_CHUNK_ELEMENTS", rows * V)
+    hidden_ND, weight_VD, target_N, factor_N = inputs(dtype)
+    total, logp_N = linear_total(hidden_ND, weight_VD, target_N, factor_N, scale)
+    grads = torch.autograd.grad(total, [hidden_ND, weight_VD])
+    later_N = linear_logp(hidden_ND, weight_VD, target_N, scale)
+    expected = torch.autograd.grad((factor_N * later_N).sum(), [hidden_ND, weight_VD])
+    assert torch.equal(logp_N, later_N.detach())
+    assert not logp_N.requires_grad
+    torch.testing.assert_close(total, (factor_N * later_N).sum(), atol=0, rtol=0)
+    for grad, reference in zip(grads, expected, strict=True):
+        assert torch.equal(grad, reference)
+
+
+def test_the_gradient_of_a_total_is_taken_once_and_scales() -> None:
+    hidden_ND, weight_VD, target_N, factor_N = inputs()
+    total, _ = linear_total(hidden_ND, weight_VD, target_N, factor_N)
+    (once,) = torch.autograd.grad(total, [hidden_ND], retain_graph=True)
+    with pytest.raises(RuntimeError, match="once"):
+        torch.autograd.grad(total, [hidden_ND])
+    total, _ = linear_total(hidden_ND, weight_VD, target_N, factor_N)
+    (thrice,) = torch.autograd.grad(total * 3.0, [hidden_ND])
+    torch.testing.assert_close(thrice, once * 3.0)
+
+
+@pytest.mark.parametrize("num", [64, 640])
+def test_the_loss_takes_less_than_two_chunks_whatever_its_size(monkeypatch: pytest.MonkeyPatch, num: int) -> None:
+    """Beyond the hidden states' and the weight's gradients, by counting every tensor that is made."""
+    vocab_size, width = 2048, 8
+    monkeypatch.setattr(head, "_CHUNK_ELEMENTS", 16 * vocab_size)
+    hidden_ND = torch.randn(num, width, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    weight_VD = torch.randn(vocab_size, width, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    target_N, factor_N = torch.arange(num), torch.ones(num)
+    with LiveBytes() as count:
+        total, logp_N = linear_total(hidden_ND, weight_VD, target_N, factor_N)
+        total.backward()
+    assert hidden_ND.grad is not None
+    assert weight_VD.grad is not None
+    gradients = hidden_ND.grad.nbytes + weight_VD.grad.nbytes + logp_N.nbytes
+    assert count.peak - gradients < 2 * 16 * vocab_size * 4
+    assert count.peak > 16 * vocab_size * 4  # one chunk is there

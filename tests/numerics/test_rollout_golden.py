@@ -178,7 +178,8 @@ def llada2_options(meta: dict[str, Any]) -> dict[str, Any]:
             "eos_stop": params["eos_early_stop"],
         }
     steps = min(params["steps"], params["gen_length"] // params.get("minimal_topk", 1))
-    return options | {"min_commit": params["block_length"] // steps}
+    compat = ["eos_inside_block"] if params.get("eos_early_stop") else []
+    return options | {"min_commit": params["block_length"] // steps, "compat": compat}
 
 
 @pytest.mark.parametrize("cache", ["auto", "none"])

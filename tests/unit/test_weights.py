@@ -566,3 +566,41 @@ def test_a_hub_id_that_was_fetched_before(offline_hub: Path) -> None:
     copy_checkpoint("sdar", store / "snapshots" / ("a" * 40))
     folder = resolve_checkpoint("some-lab/some-model")
     assert load_family(folder).spec.mask_id == 126
+
+
+# --- what only others need
+
+
+def test_code_travels_with_its_checkpoint_and_is_not_run(tmp_path: Path) -> None:
+    folder = edit_config(copy_checkpoint("sdar", tmp_path / "in"), auto_map={"AutoModel": "modeling_sdar.X"})
+    code = b"raise SystemExit('this must never run')\r\n"
+    for name in ("modeling_sdar.py", "helper.py"):
+        (folder / name).write_bytes(code)
+    (folder / "README.md").write_text("not a part of it")
+    out = tmp_path / "out"
+    out.mkdir()
+    save_family(load_family(folder), out)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "config.json",
+        "helper.py",
+        "model.safetensors",
+        "modeling_sdar.py",
+    ]
+    assert (out / "helper.py").read_bytes() == code
+    edit_config(folder, auto_map=...)
+    assert load_family(folder).code_files == {}
+
+
+@pytest.mark.parametrize("name", [name for name in CHECKPOINTS if not name.endswith(("_tied", "_variant", "2_1"))])
+def test_a_new_config_has_the_fields_of_a_published_one(name: str) -> None:
+    """So that the official code, whose own defaults are sometimes others, builds the same network."""
+    published = json.loads((GOLDEN / name / "config.json").read_text())
+    made = new({"llada2_0": "llada2"}.get(name, name)).config
+    of_training = {"alibi_bias_max", "attn_implementation", "init_cutoff_factor", "init_fn", "init_std", "precision"}
+    assert published.keys() - made.keys() <= {"torch_dtype", "dtype", *of_training}
+    classes = made["auto_map"]
+    assert classes["AutoModelForCausalLM"].endswith(f".{published['architectures'][0]}")
+    assert classes["AutoConfig"].startswith("configuration_")
+    for field, value in published.items():
+        if isinstance(value, bool) and field not in ("fuse_cross_entropy",):
+            assert made[field] == value, field

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dare.core.spec import FamilySpec
-from dare.families.config import Config, DenseShape, Fields, ModelSizes, eos_ids, matches_architecture
+from dare.families.config import Config, DenseShape, Fields, ModelSizes, code_map, eos_ids, matches_architecture
 
 _MODEL_TYPE, ARCHITECTURE = "llada", "LLaDAModelLM"
 _BLOCK_LENGTH = 32
@@ -89,8 +89,15 @@ def new_config(sizes: ModelSizes) -> Config:
     """A config.json for a new model, with the constants of the released 8B models."""
     config: Config = {
         "architectures": [ARCHITECTURE],
+        "auto_map": code_map("llada", "LLaDAConfig", ARCHITECTURE),
         "model_type": _MODEL_TYPE,
-        **{name: values[0] for name, values in _CHOSEN.items()},
+        **{name: values[0] for name, values in (_CHOSEN | _OPTIONAL).items()},
+        "attention_layer_norm_with_affine": True,
+        "flash_attention": False,
+        "init_device": "cpu",
+        "mlp_ratio": 4,
+        "scale_logits": False,
+        "use_cache": False,  # the official code refuses to run with it
         "d_model": sizes.hidden_size,
         "n_layers": sizes.num_layers,
         "n_heads": sizes.num_heads,

@@ -9,6 +9,7 @@ from dare.families.config import DenseShape
 from dare.families.layers.attention import AttentionCall, KVCache, Visible, rotary_attention
 from dare.families.layers.mlp import swiglu
 from dare.families.layers.norm import RMSNorm
+from dare.families.layers.recompute import run_layer
 from dare.families.layers.rope import rotation
 
 
@@ -18,6 +19,7 @@ class LLaDANetwork(Network):
     def __init__(self, shape: DenseShape) -> None:
         super().__init__()
         self.num_layers = shape.num_layers
+        self.num_heads = shape.num_heads
         self.num_kv_heads = shape.num_kv_heads
         self.head_dim = shape.head_dim
         self.logit_scale = shape.logit_scale
@@ -30,7 +32,7 @@ class LLaDANetwork(Network):
         call = AttentionCall(position_BT, turn, visible, cache)
         x_BTD: Tensor = transformer.wte(ids_BT)
         for layer, block in enumerate(transformer.blocks):
-            x_BTD = block(x_BTD, layer, call)
+            x_BTD = run_layer(block, x_BTD, layer, call, self.recompute)
         normed: Tensor = transformer.ln_f(x_BTD)
         return normed
 

@@ -6,7 +6,16 @@ from dataclasses import dataclass
 
 from dare.core.errors import DareError
 from dare.core.spec import FamilySpec
-from dare.families.config import Config, DenseShape, Fields, ModelSizes, MoEShape, eos_ids, matches_architecture
+from dare.families.config import (
+    Config,
+    DenseShape,
+    Fields,
+    ModelSizes,
+    MoEShape,
+    code_map,
+    eos_ids,
+    matches_architecture,
+)
 
 _MODEL_TYPE, ARCHITECTURE = "llada2_moe", "LLaDA2MoeModelLM"
 _BLOCK_LENGTH = 32  # published configs have neither a block length nor a mask id
@@ -111,21 +120,29 @@ def family_spec(config: Config, generation_config: Config | None = None) -> Fami
 def new_config(sizes: ModelSizes) -> Config:
     """A config.json for a new model: a dense layer, then 8 experts of half the width each, 2 per token."""
     expert_size = max(1, sizes.mlp_size // _NEW_EXPERTS_PER_TOKEN)
+    head_dim = sizes.head_dim or sizes.hidden_size // sizes.num_heads
     return {
         "architectures": [ARCHITECTURE],
+        "attention_dropout": 0.0,
+        "auto_map": code_map("llada2_moe", "LLaDA2MoeConfig", ARCHITECTURE, "LLaDA2MoeModel"),
         "model_type": _MODEL_TYPE,
         "block_size": sizes.block_length or _BLOCK_LENGTH,
+        "embedding_dropout": 0.0,
         "eos_token_id": sizes.eos_id,
         "first_k_dense_replace": 1,
-        "head_dim": sizes.head_dim or sizes.hidden_size // sizes.num_heads,
+        "head_dim": head_dim,
         "hidden_act": "silu",
         "hidden_size": sizes.hidden_size,
+        "initializer_range": 0.02,
         "intermediate_size": sizes.mlp_size,
         "mask_token_id": sizes.mask_id,
         "max_position_embeddings": sizes.max_length,
         "moe_intermediate_size": expert_size,
         "moe_router_enable_expert_bias": True,
         "n_group": 4,
+        "max_window_layers": sizes.num_layers,
+        "norm_head": False,
+        "norm_softmax": False,
         "norm_topk_prob": True,
         "num_attention_heads": sizes.num_heads,
         "num_experts": _NEW_EXPERTS,
@@ -133,20 +150,27 @@ def new_config(sizes: ModelSizes) -> Config:
         "num_hidden_layers": sizes.num_layers,
         "num_key_value_heads": sizes.num_kv_heads or sizes.num_heads,
         "num_shared_experts": 1,
+        "output_dropout": 0.0,
+        "output_router_logits": False,
         "pad_token_id": sizes.pad_id,
         "partial_rotary_factor": 0.5,
         "rms_norm_eps": sizes.norm_eps or 1e-6,
         "rope_scaling": None,
         "rope_theta": sizes.rope_theta or 600000,
+        "rotary_dim": head_dim // 2,
         "routed_scaling_factor": 2.5,
+        "router_dtype": "fp32",
         "score_function": "sigmoid",
+        "sliding_window": None,
         "tie_word_embeddings": sizes.tie_embeddings,
         "topk_group": 2,
         "use_bias": False,
+        "use_cache": False,
         "use_qk_norm": True,
         "use_qkv_bias": False,
         "use_rmsnorm": True,
         "use_sliding_window": False,
+        "using_split_qkv_in_self_attention": False,
         "vocab_size": sizes.vocab_size,
     }
 

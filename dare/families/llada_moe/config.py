@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from dare.core.errors import DareError
 from dare.core.spec import FamilySpec
-from dare.families.config import Config, DenseShape, Fields, ModelSizes, MoEShape, eos_ids, matches_architecture
+from dare.families.config import (
+    Config,
+    DenseShape,
+    Fields,
+    ModelSizes,
+    MoEShape,
+    code_map,
+    eos_ids,
+    matches_architecture,
+)
 
 _MODEL_TYPE, ARCHITECTURE = "lladamoe", "LLaDAMoEModelLM"
 _SHARED_MODEL_TYPE = "llada"  # some published copies carry the model type of dense LLaDA
@@ -96,14 +105,17 @@ def new_config(sizes: ModelSizes) -> Config:
     """A config.json for a new model with 8 experts of half the width each, 2 per token."""
     config: Config = {
         "architectures": [ARCHITECTURE],
+        "auto_map": code_map("lladamoe", "LLaDAConfig", ARCHITECTURE),
         "model_type": _MODEL_TYPE,
         "attention_bias": False,
+        "attention_dropout": 0.0,
         "clip_qkv": None,
         "dense_intermediate_size": sizes.mlp_size,
         "eos_token_id": sizes.eos_id,
         "expert_intermediate_size": max(1, sizes.mlp_size // _NEW_EXPERTS_PER_TOKEN),
         "hidden_act": "silu",
         "hidden_size": sizes.hidden_size,
+        "initializer_range": 0.02,
         "mask_token_id": sizes.mask_id,
         "max_position_embeddings": sizes.max_length,
         "moe_layer_freq": [1] * sizes.num_layers,
@@ -115,14 +127,20 @@ def new_config(sizes: ModelSizes) -> Config:
         "num_experts_per_tok": _NEW_EXPERTS_PER_TOKEN,
         "num_hidden_layers": sizes.num_layers,
         "num_key_value_heads": sizes.num_kv_heads or sizes.num_heads,
+        "output_router_logits": False,
         "pad_token_id": sizes.pad_id,
         "partial_rotary_factor": 1,
         "qk_layernorm": True,
         "rms_norm_eps": sizes.norm_eps or 1e-5,
         "rope_scaling": None,
         "rope_theta": sizes.rope_theta or 50000.0,
+        "routed_scaling_factor": 1,
+        "router_aux_loss_coef": 0.0,
+        "router_num_group": None,
+        "router_topk_group": None,
         "shared_expert_intermediate_size": None,
         "tie_word_embeddings": sizes.tie_embeddings,
+        "use_cache": False,
         "vocab_size": sizes.vocab_size,
     }
     if sizes.block_length is not None:

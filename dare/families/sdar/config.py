@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dare.core.spec import FamilySpec
-from dare.families.config import Config, DenseShape, Fields, ModelSizes, eos_ids, matches_architecture
+from dare.families.config import Config, DenseShape, Fields, ModelSizes, code_map, eos_ids, matches_architecture
 
 _MODEL_TYPE, ARCHITECTURE = "sdar", "SDARForCausalLM"
 BLOCK_LENGTH = 4
@@ -67,16 +67,22 @@ def new_config(sizes: ModelSizes) -> Config:
     """A config.json for a new model, with the constants of the released models."""
     return {
         "architectures": [ARCHITECTURE],
+        "auto_map": code_map("sdar", "SDARConfig", ARCHITECTURE),
         "model_type": _MODEL_TYPE,
         "attention_bias": False,
+        "attention_dropout": 0.0,
         "block_size": sizes.block_length or BLOCK_LENGTH,
+        "bos_token_id": sizes.eos_id,
         "eos_token_id": sizes.eos_id,
+        "fuse_cross_entropy": False,  # the official code's fused loss is a GPU kernel
         "head_dim": sizes.head_dim or sizes.hidden_size // sizes.num_heads,
         "hidden_act": "silu",
         "hidden_size": sizes.hidden_size,
+        "initializer_range": 0.02,
         "intermediate_size": sizes.mlp_size,
         "mask_token_id": sizes.mask_id,
         "max_position_embeddings": sizes.max_length,
+        "max_window_layers": sizes.num_layers,
         "num_attention_heads": sizes.num_heads,
         "num_hidden_layers": sizes.num_layers,
         "num_key_value_heads": sizes.num_kv_heads or sizes.num_heads,
@@ -84,7 +90,9 @@ def new_config(sizes: ModelSizes) -> Config:
         "rms_norm_eps": sizes.norm_eps or 1e-6,
         "rope_scaling": None,
         "rope_theta": sizes.rope_theta or 1000000.0,
+        "sliding_window": None,
         "tie_word_embeddings": sizes.tie_embeddings,
+        "use_cache": False,
         "use_sliding_window": False,
         "vocab_size": sizes.vocab_size,
     }

@@ -6,7 +6,7 @@ import dataclasses
 
 from dare.core.errors import DareError
 from dare.core.spec import FamilySpec
-from dare.families.config import Config, DenseShape, Fields, ModelSizes, MoEShape, matches_architecture
+from dare.families.config import Config, DenseShape, Fields, ModelSizes, MoEShape, code_map, matches_architecture
 from dare.families.sdar import config as sdar
 
 _MODEL_TYPE, ARCHITECTURE = "sdar_moe", "SDARMoeForCausalLM"
@@ -69,17 +69,22 @@ def new_config(sizes: ModelSizes) -> Config:
     """A config.json for a new model with 8 experts of half the width each, 2 per token."""
     return {
         "architectures": [ARCHITECTURE],
+        "auto_map": code_map("sdar_moe", "SDARMoeConfig", ARCHITECTURE),
         "model_type": _MODEL_TYPE,
         "attention_bias": False,
+        "attention_dropout": 0.0,
         "block_size": sizes.block_length or sdar.BLOCK_LENGTH,
         "decoder_sparse_step": 1,
+        "bos_token_id": sizes.eos_id,
         "eos_token_id": sizes.eos_id,
         "head_dim": sizes.head_dim or sizes.hidden_size // sizes.num_heads,
         "hidden_act": "silu",
         "hidden_size": sizes.hidden_size,
+        "initializer_range": 0.02,
         "intermediate_size": sizes.mlp_size,
         "mask_token_id": sizes.mask_id,
         "max_position_embeddings": sizes.max_length,
+        "max_window_layers": sizes.num_layers,
         "mlp_only_layers": [],
         "moe_intermediate_size": max(1, sizes.mlp_size // _NEW_EXPERTS_PER_TOKEN),
         "norm_topk_prob": True,
@@ -88,11 +93,15 @@ def new_config(sizes: ModelSizes) -> Config:
         "num_experts_per_tok": _NEW_EXPERTS_PER_TOKEN,
         "num_hidden_layers": sizes.num_layers,
         "num_key_value_heads": sizes.num_kv_heads or sizes.num_heads,
+        "output_router_logits": False,
         "pad_token_id": sizes.pad_id,
         "rms_norm_eps": sizes.norm_eps or 1e-6,
         "rope_scaling": None,
+        "router_aux_loss_coef": 0.0,
         "rope_theta": sizes.rope_theta or 1000000.0,
+        "sliding_window": None,
         "tie_word_embeddings": sizes.tie_embeddings,
+        "use_cache": False,
         "use_sliding_window": False,
         "vocab_size": sizes.vocab_size,
     }
