@@ -79,9 +79,8 @@ class Engine(Protocol):
         ...
 
     def step(self, role: Role = "policy") -> dict[str, float]:
-        """One optimizer step on the role's accumulated gradient, which it clears: gradient norm, learning rate,
-        and since the policy's last step: arithmetic done, TFLOP; `view_forwards`, the views that were run forward to
-        be scored or replayed; and how evenly the experts of a mixture were used.
+        """One optimizer step on the role's accumulated gradient, which it clears: gradient norm, learning rate, and
+        since the policy's last step: arithmetic done, TFLOP, and how evenly the experts of a mixture were used.
 
         Raises NonFiniteError before anything is changed if the gradient is not finite.
         """

@@ -74,7 +74,6 @@ class LocalEngine:
             self.critic.family.network.eval()
         self.weights_version = 0
         self.load_of_step = ExpertLoad()
-        self.num_view_forwards = 0
         self.flops_of_step = 0.0
         if recipe.train.is_compiled:
             compile_network(self.family.network)
@@ -231,10 +230,8 @@ class LocalEngine:
     def step(self, role: Role = "policy") -> dict[str, float]:
         if role == "policy":
             load, self.load_of_step = self.load_of_step, ExpertLoad()
-            num_forwards, self.num_view_forwards = self.num_view_forwards, 0
             flops, self.flops_of_step = self.flops_of_step, 0.0
-            metrics = {**self.optimizer.step(), **load.metrics(), "view_forwards": float(num_forwards)}
-            return metrics | ({"model_tflop": flops / 1e12} if flops else {})
+            return {**self.optimizer.step(), **load.metrics(), **({"model_tflop": flops / 1e12} if flops else {})}
         self._critic()
         return self.critic_optimizer.step()
 
@@ -296,7 +293,6 @@ class LocalEngine:
 
     def _micro_batches(self, rows: Tensor, views: Views, samples: Samples) -> list[Tensor]:
         """The views `rows` in parts of one forward each: of about equal length, or packs of so many tokens."""
-        self.num_view_forwards += len(rows)
         if not len(rows):
             return []
         length_R = samples.canvas.is_real_BS.sum(-1)[views.sample_R[rows]]

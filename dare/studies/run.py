@@ -39,6 +39,10 @@ class Job:
     recipe: Recipe
     out: Path
 
+    def file(self, folder: Path, suffix: str) -> Path:
+        """Where the study in `folder` keeps the job's recipe as it was asked for, or its log."""
+        return folder / ("recipes" if suffix == ".yaml" else "logs") / f"{self.name.replace('/', '_')}{suffix}"
+
 
 @dataclass
 class Workers:
@@ -79,8 +83,7 @@ class Workers:
     def _train(self, job: Job) -> bool:
         if self._is_stopping:
             return False
-        slug = job.name.replace("/", "_")
-        recipe, log = self.folder / "recipes" / f"{slug}.yaml", self.folder / "logs" / f"{slug}.txt"
+        recipe, log = job.file(self.folder, ".yaml"), job.file(self.folder, ".txt")
         for path in (recipe, log):
             path.parent.mkdir(parents=True, exist_ok=True)
         write_text(recipe, job.recipe.dump_yaml())
@@ -114,7 +117,7 @@ def run_study(plan: Plan, out: Path, num_workers: int, say: Callable[[str], None
         cells = resolve_cells(plan, starts, _cost_per_step(plan, starts, out, workers))
         jobs = [Job(cell.name, cell.recipe, cell_folder(out, cell)) for cell in cells]
         for job in jobs:
-            check_settings(job)
+            check_settings(job, out)
         say(f"{len(jobs)} runs, {num_workers} at a time")
         failed = workers.run(jobs)
     if failed:
@@ -163,12 +166,15 @@ def is_finished(job: Job) -> bool:
     return status.is_file() and read_json(status, "run status").get("status") == "finished"
 
 
-def check_settings(job: Job) -> None:
+def check_settings(job: Job, folder: Path) -> None:
     """Raise DareError if the job's folder holds a run with other settings, naming them."""
-    path = job.out / "recipe.yaml"
+    path, asked = job.out / "recipe.yaml", job.file(folder, ".yaml")
     if not path.is_file():
         return
     found = flatten(yaml.safe_load(path.read_text(encoding="utf-8")))
+    if asked.is_file():  # a run records what an algorithm made of options that were left open
+        before = flatten(yaml.safe_load(asked.read_text(encoding="utf-8")))
+        found |= {key: value for key, value in before.items() if key.startswith("algorithm.")}
     wanted = {**fixed_settings(job.recipe), **flatten(job.recipe.model_dump(mode="json", include={"algorithm"}))}
     wanted |= {"seed": job.recipe.seed, "train.steps": job.recipe.train.steps}
     unlike = [
@@ -193,7 +199,7 @@ def _train_starts(plan: Plan, out: Path, workers: Workers) -> dict[Panel, str]:
         if isinstance(recipe, Recipe)
     }
     for job in jobs.values():
-        check_settings(job)
+        check_settings(job, out)
     failed = workers.run(list(jobs.values())) if jobs else []
     if failed:
         raise DareError("a start checkpoint could not be trained", where=failed[0], fix=f"see {out / 'logs'}")

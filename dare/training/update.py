@@ -36,6 +36,7 @@ class Iteration:
     reference_RS: Tensor | None
     judgement: Judgement | None = None  # of the critic, before the first update
     is_first: bool = True  # the policy is still the one that the rollout was made with
+    num_forwards: int = 0  # views that were run forward for all this
 
 
 def draw_views(engine: Engine, algorithm: Algorithm[Any], samples: Samples, key: Key) -> Views:
@@ -63,14 +64,17 @@ def plan_iterations(
     plans = []
     for index in range(num):
         views = draw_views(engine, algorithm, samples, key.fold(index))
-        old = engine.score(views, samples) if index > 0 and algorithm.needs_old else None
+        needs_old = index > 0 and algorithm.needs_old
+        old = engine.score(views, samples) if needs_old else None
         reference = None
         if algorithm.needs_reference:
             reference = (stored or partial(engine.score, is_reference=True))(views, samples)
         judgement = None
         if algorithm.critic_lr is not None:
             judgement = algorithm.judge(engine.score(views, samples, role="critic"), views, samples)
-        plans.append(Iteration(views, old, reference, judgement, is_first=index == 0))
+        is_scored = (needs_old, algorithm.needs_reference and stored is None, judgement is not None)
+        num_forwards = views.num_views * (algorithm.num_predictions + sum(is_scored))
+        plans.append(Iteration(views, old, reference, judgement, index == 0, num_forwards))
     return plans
 
 
@@ -88,6 +92,7 @@ def update(engine: Engine, algorithm: Algorithm[Any], samples: Samples, iteratio
         zero_RS = torch.zeros(views.noisy_RS.shape)
         _, grad_RS = _loss_and_grad(algorithm, zero_RS, zero_RS, iteration, samples)
         logp_RS = engine.accumulate(views, samples, grad_RS, auxiliary=auxiliary)
+        num_forwards = iteration.num_forwards + _num_run(logp_RS)
         logp_RS = torch.where(logp_RS.isnan() & (grad_RS == 0), 0.0, logp_RS)
         loss = algorithm.loss(logp_RS, logp_RS, iteration.reference_RS, views, samples)
         gap = 0.0
@@ -97,6 +102,7 @@ def update(engine: Engine, algorithm: Algorithm[Any], samples: Samples, iteratio
         mismatch = rollout_gap(logp_RS, views, samples) if iteration.is_first else None
         loss, grad_RS = _loss_and_grad(algorithm, logp_RS, old_RS, iteration, samples)
         replay_RS = engine.accumulate(views, samples, grad_RS, auxiliary=auxiliary)
+        num_forwards = iteration.num_forwards + views.num_views + _num_run(replay_RS)
         is_replayed = (grad_RS != 0).any(-1, keepdim=True) & views.is_target_RS
         gap = float((replay_RS - logp_RS).abs()[is_replayed].max()) if bool(is_replayed.any()) else 0.0
     _require_finite(loss, logp_RS, views)
@@ -109,21 +115,33 @@ def update(engine: Engine, algorithm: Algorithm[Any], samples: Samples, iteratio
     if auxiliary is not None:
         metrics[auxiliary.name] = _aux_value(auxiliary)
         value += metrics[auxiliary.name]
-    critic = _accumulate_critic(engine, algorithm, samples, views) if algorithm.critic_lr is not None else {}
-    metrics = {"loss": value, **metrics, "replay_gap": gap, **engine.step()}
+    critic: dict[str, float] = {}
+    if algorithm.critic_lr is not None:
+        critic, num_critic = _accumulate_critic(engine, algorithm, samples, views)
+        num_forwards += num_critic
+    metrics = {"loss": value, **metrics, "replay_gap": gap, "view_forwards": float(num_forwards), **engine.step()}
     if critic:
         critic |= engine.step(role="critic")
     return {**metrics, **{f"critic/{name}": number for name, number in critic.items()}}
 
 
-def _accumulate_critic(engine: Engine, algorithm: Algorithm[Any], samples: Samples, views: Views) -> dict[str, float]:
-    """The critic's gradient, as the policy's: score, loss on values, replayed backward. Returns the loss's metrics."""
+def _accumulate_critic(
+    engine: Engine, algorithm: Algorithm[Any], samples: Samples, views: Views
+) -> tuple[dict[str, float], int]:
+    """The critic's gradient, as the policy's: score, loss on values, replayed backward. The loss's metrics, and how
+    many views were run forward."""
     value_RS = engine.score(views, samples, role="critic").requires_grad_()
     loss = algorithm.value_loss(value_RS, views, samples)
     _require_finite(loss, value_RS.detach(), views)
     (grad_RS,) = torch.autograd.grad(loss.value, value_RS)
-    engine.accumulate(views, samples, grad_RS, role="critic")
-    return {"loss": float(loss.value.detach()), **{name: metric.mean for name, metric in loss.metrics.items()}}
+    num_forwards = views.num_views + _num_run(engine.accumulate(views, samples, grad_RS, role="critic"))
+    metrics = {name: metric.mean for name, metric in loss.metrics.items()}
+    return {"loss": float(loss.value.detach()), **metrics}, num_forwards
+
+
+def _num_run(score_RS: Tensor) -> int:
+    """How many views an accumulate ran: what it did not run is NaN."""
+    return int((~score_RS.isnan()).any(-1).sum())
 
 
 def _aux_value(auxiliary: AuxLoss) -> float:

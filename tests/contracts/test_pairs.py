@@ -116,8 +116,8 @@ def test_a_pair_rolls_out_and_updates(every_family: dict[str, Family], name: str
     rows = [update(engine, algorithm, samples, one) for one in plan_iterations(engine, algorithm, samples, Key(4), 2)]
     for row in rows:
         assert all(math.isfinite(value) for value in row.values()), row
-        assert row["grad_norm"] > 0
         assert row["replay_gap"] < 1e-4
+    assert rows[0]["grad_norm"] > 0  # after it, every ratio may be clipped
     if "ratio" in rows[0]:
         assert rows[0]["ratio"] == pytest.approx(1.0, abs=1e-5)
         assert rows[0]["clip_fraction"] == 0.0

@@ -54,6 +54,7 @@ def test_a_stored_reference_is_the_live_one(
     assert path.read_bytes() == written  # nothing was scored anew
     assert again == first
     for mine, other in zip(first, live, strict=True):
+        assert mine.pop("view_forwards") < other.pop("view_forwards")
         assert mine == pytest.approx(other, rel=1e-4, abs=1e-5)
     num = sqlite3.connect(path).execute("SELECT COUNT(*) FROM entry").fetchone()[0]
     assert num == 3 * 4 * (2 if name == "vrpo" else 1)  # both sides of four pairs a step, or four completions

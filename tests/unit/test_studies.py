@@ -175,11 +175,11 @@ def test_another_run_in_the_folder_is_refused(tmp_path: Path) -> None:
     (cell, *_) = resolved(plan_of(tmp_path))
     write_result(tmp_path, cell, 50)
     job = Job(cell.name, cell.recipe, cell_folder(tmp_path, cell))
-    check_settings(job)
+    check_settings(job, tmp_path)
     assert is_finished(job)
     longer = cell.recipe.model_copy(update={"train": cell.recipe.train.model_copy(update={"steps": 11})})
     with pytest.raises(DareError) as caught:
-        check_settings(Job(cell.name, longer, job.out))
+        check_settings(Job(cell.name, longer, job.out), tmp_path)
     assert "train.steps: 10 there, 11 in the study" in str(caught.value)
 
 

@@ -76,6 +76,8 @@ def test_statistics_count_tokens_through_eos(trace: TraceBatch) -> None:
         "tokens_per_forward": 1.0,
         "eos_rate": 0.5,
         "truncation_rate": 0.5,
+        "commit_nll": pytest.approx(0.15),
+        "padding_share": pytest.approx(3 / 14),
     }
 
 

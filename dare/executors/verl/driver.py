@@ -41,7 +41,6 @@ class VerlEngine:
         self.workers = workers
         self.micro_batch_views = micro_batch_views
         self.weights_version = 0
-        self.num_view_forwards = 0
 
     @classmethod
     def create(
@@ -101,7 +100,6 @@ class VerlEngine:
         score_RS = torch.zeros(views.noisy_RS.shape)
         if not views.num_views:
             return score_RS
-        self.num_view_forwards += views.num_views
         parts, shards = self._shards(views, samples, torch.arange(views.num_views))
         found = self.workers.each("score", shards, [is_reference] * len(shards), [role] * len(shards))
         for part, score in zip(parts, found, strict=True):
@@ -130,7 +128,6 @@ class VerlEngine:
         rows = replayed_rows(grad_RS, auxiliary)
         if not len(rows):
             return score_RS
-        self.num_view_forwards += len(rows)
         parts, shards = self._shards(views, samples, rows)
         terms = [auxiliary_of(auxiliary, part) for part in parts]
         found = self.workers.each(
@@ -144,8 +141,6 @@ class VerlEngine:
 
     def step(self, role: Role = "policy") -> dict[str, float]:
         metrics: dict[str, float] = self.workers.each("step", [role] * self.workers.num)[0]
-        if role == "policy":
-            metrics["view_forwards"], self.num_view_forwards = float(self.num_view_forwards), 0
         return metrics
 
     def publish(self) -> None:
