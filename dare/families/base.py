@@ -20,7 +20,7 @@ from dare.core.spec import FamilySpec
 from dare.core.types import AuxLoss, Canvas, Views
 from dare.diffusion import blocks
 from dare.families.config import Config, ModelSizes
-from dare.families.layers.attention import KVCache, SharedContext, Visible
+from dare.families.layers.attention import Cache, KVCache, Read, SharedContext, Visible
 from dare.families.layers.head import chunk_rows, linear_logp
 from dare.families.layers.moe import ExpertLoad
 from dare.families.streams import pack_streams
@@ -35,14 +35,22 @@ class Network(nn.Module, ABC):
     logit_scale: float
 
     @abstractmethod
-    def forward(self, ids_BT: Tensor, position_BT: Tensor, visible: Visible, cache: KVCache | None = None) -> Tensor:
-        """Hidden states [B, T, D] after the final norm.
+    def forward(
+        self,
+        ids_BT: Tensor,
+        position_BT: Tensor,
+        visible: Visible,
+        cache: Cache | None = None,
+        read: Read | None = None,
+    ) -> Tensor:
+        """Hidden states [B, T, D] after the final norm; with `read` those it names, [1, N, D].
 
         position_BT  rotary position of each token
-        visible      bool, broadcastable to [B, 1, T, K]; None = everything is visible. K = T without a cache,
-                     else the number of slots of the cache. Or the masks of several noisy streams, for `attend`
-        cache        keys and values of this call are written at slot = position before attention reads all
-                     slots; a slot that is overwritten later simply holds the later value
+        visible      bool, broadcastable to [B, 1, T, K]; None = everything is visible. K = T without a cache or with a
+                     fresh one, else the slots that are read. Or the masks of several noisy streams, for `attend`
+        cache        keys and values of this call are written at slot = position before attention reads them;
+                     a slot that is overwritten later simply holds the later value
+        read         spares the last layer the work on everything else; layers ask their `AttentionCall`
         """
 
     @property
@@ -305,14 +313,22 @@ class Family:
         with nullcontext() if load is None else load.counting(self.network, is_counted_BT):
             return self.hidden(ids_BT, position_BT, visible)
 
-    def hidden(self, ids_BT: Tensor, position_BT: Tensor, visible: Visible, cache: KVCache | None = None) -> Tensor:
+    def hidden(self, ids_BT: Tensor, position_BT: Tensor, visible: Visible, cache: Cache | None = None) -> Tensor:
         """Hidden states [B, T, D] after the final norm; see `Network.forward`."""
         hidden_BTD: Tensor = self.network(ids_BT, position_BT, visible, cache)
         return hidden_BTD
 
+    def hidden_at(
+        self, ids_BT: Tensor, position_BT: Tensor, visible: Visible, cache: Cache | None, read: Read
+    ) -> Tensor:
+        """[N, D]: the hidden states that `read` names, at the least cost."""
+        hidden_1ND: Tensor = self.network(ids_BT, position_BT, visible, cache, read)
+        return hidden_1ND[0]
+
     def row_logits(self, hidden_ND: Tensor) -> Tensor:
         """float32 [N, V]: the head applied to hidden states."""
-        return (hidden_ND @ self.network.head_weight.T).float() * self.network.logit_scale
+        logits_NV = (hidden_ND @ self.network.head_weight.T).float()
+        return logits_NV if self.network.logit_scale == 1.0 else logits_NV * self.network.logit_scale
 
     def cache(self, batch_size: int, length: int) -> KVCache:
         """An empty cache of `length` slots for every row."""

@@ -11,6 +11,7 @@ from dare.diffusion import sampling
 from dare.diffusion.unmask import find_policy
 from dare.families.base import Family
 from dare.families.layers.head import chunk_rows
+from dare.rollout.meter import Meter
 from dare.rollout.plan import Plan
 
 
@@ -30,16 +31,20 @@ class Candidates(NamedTuple):
 
 
 def propose(
-    family: Family, plan: Plan, plain_ND: Tensor, unconditional_ND: Tensor | None, uniform_N: Tensor
+    family: Family, plan: Plan, plain_ND: Tensor, unconditional_ND: Tensor | None, uniform_N: Tensor, meter: Meter
 ) -> Candidates:
     """A candidate for each masked position, drawn with its own uniform number."""
     rows = chunk_rows(family.spec.vocab_size)
     parts = []
     for start in range(0, len(plain_ND), rows):
         part = slice(start, start + rows)
+        meter.switch("head")
         logits_NV = family.row_logits(plain_ND[part])
         unconditional_NV = None if unconditional_ND is None else family.row_logits(unconditional_ND[part])
+        meter.switch("sampling")
         parts.append(_propose_chunk(plan, family.spec.mask_id, logits_NV, unconditional_NV, uniform_N[part]))
+    meter.num_logit_rows += len(plain_ND)
+    meter.switch("bookkeeping")
     return Candidates(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
 

@@ -1,11 +1,11 @@
 """The denoising loop: prompts in, traces out.
 
-            +--------------- until every row is done ----------------+
-            v                                                        |
-    read the current block of every row -> candidates at its masks   |
-         -> the unmask policy commits some; committed tokens may be  |
-            edited -> rows whose block is complete (and at rest)     |
-            store it (block cache) and move on, or leave ------------+
+    queue -> seats, at most `batch_size` <-----------------------------+
+                v                                                      |
+    read the current block of every seated row -> candidates at its    |
+        masks -> the unmask policy commits some; committed tokens may  |
+        be edited -> rows whose block is complete (and at rest) move   |
+        on to the next, or leave their seat to another -----------------+
 
 Rows never wait for one another: each has its own block, step and random numbers, keyed by (sample id, position, step).
 A completion is therefore the same in any batch, order or company.
@@ -14,11 +14,11 @@ A completion is therefore the same in any batch, order or company.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from dare.core.decode import Decode
 from dare.core.errors import DareError
@@ -30,9 +30,11 @@ from dare.families.base import Family
 from dare.rollout.batch import Batch
 from dare.rollout.candidates import propose
 from dare.rollout.drafts import DraftLog, check_drafts
-from dare.rollout.forward import Hidden, make_forward
+from dare.rollout.forward import Forward, Hidden, make_forward
+from dare.rollout.live import Live
+from dare.rollout.meter import Meter
 from dare.rollout.plan import Plan, check_prompts, make_plan
-from dare.rollout.record import begin_batch, empty_trace, finished, record_batch
+from dare.rollout.record import begin_batch, empty_trace, finished, record_rows, trace_rows, with_edits
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ def denoise(
     has_drafts: bool = False,
     on_step: Callable[[StepEvent], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    on_finished: Callable[[list[int], TraceBatch], None] | None = None,
+    meter: Meter | None = None,
 ) -> TraceBatch:
     """One completion per prompt, in order, on the CPU.
 
@@ -71,6 +75,8 @@ def denoise(
     has_drafts   record every step's full prediction in `drafts`
     on_step      called after every denoising step
     on_progress  called with (positions settled, all completion positions) after every denoising step
+    on_finished  called with indices of prompts and their part of the trace (without edits and drafts) as rows end
+    meter        counts what the rollout costs
 
     Nothing here depends on how rows are batched; `decode.batch_size` bounds memory. Raises DareError for options that
     do not fit the family and for a prompt that does not fit the model, NonFiniteError if the network's output is not
@@ -87,101 +93,121 @@ def denoise(
         check_drafts(plan)
     canvas = family.empty_canvas(prompts, decode.gen_length, plan.block_length)
     trace = empty_trace(family, plan, canvas, sample_ids, weights_version)
-    order_B = torch.tensor(sorted(range(len(prompts)), key=lambda row: len(prompts[row])))
-    num_total = int(canvas.is_completion_BS.sum())
-    num_later = num_total  # in batches that have not begun
+    order, twins = _admission(prompts)
     with torch.no_grad():
-        for index_B in torch.split(order_B, decode.batch_size):
-            batch = begin_batch(family, plan, trace, index_B)
-            num_later -= batch.num_waiting()
-            if log is not None:
-                log.index_B = index_B
-            for row_N, is_committed_NK in Run(family, plan, key, batch, log).steps():
-                if on_step is not None:
-                    on_step(_event(batch, index_B, row_N, is_committed_NK, canvas.length))
-                if on_progress is not None:
-                    on_progress(num_total - num_later - batch.num_waiting(), num_total)
-            record_batch(batch, trace, index_B, family.spec.pad_id)
-    done = finished(trace)
+        batch = begin_batch(family, plan, trace, torch.arange(len(prompts)))
+        live = Live(batch, order, twins, decode.batch_size)
+        progress = _Progress(batch, live)
+        for step in Run(family, plan, key, batch, live, log, meter or Meter()).steps():
+            if on_step is not None:
+                on_step(_event(batch, step))
+            if on_progress is not None:
+                on_progress(*progress.after(step))
+            if step.ended:
+                record_rows(batch, trace, torch.tensor(step.ended), torch.tensor(step.ended), family.spec.pad_id)
+                if on_finished is not None:
+                    on_finished(step.ended, trace_rows(trace, step.ended))
+    done = finished(with_edits(trace, batch))
     return done if log is None else replace(done, drafts=log.drafts(done.canvas.length))
+
+
+class Step(NamedTuple):
+    """What one denoising step did to the H rows that were seated.
+
+    is_denoising_H  rows that took part
+    position_HK     their blocks, which some have left by now
+    is_written_HK   what was committed or replaced
+    ended           rows that then came to their end or to a pause
+    """
+
+    row_H: Tensor
+    is_denoising_H: Tensor
+    position_HK: Tensor
+    is_written_HK: Tensor
+    ended: list[int]
 
 
 @dataclass(frozen=True)
 class Run:
-    """One batch on its way through the loop; `log`, if there is one, hears of every prediction."""
+    """Rows on their way through the loop; `log`, if there is one, hears of every prediction."""
 
     family: Family
     plan: Plan
     key: Key
     batch: Batch
+    live: Live
     log: DraftLog | None = None
+    meter: Meter = field(default_factory=Meter)
 
-    def steps(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Denoise every row to its end, or to where it pauses.
+    def steps(self) -> Iterator[Step]:
+        """Denoise every row to its end, or to where it pauses."""
+        live, has_drafts = self.live, self.log is not None
+        forward = make_forward(self.family, self.batch, self.plan, live, self.meter, has_drafts=has_drafts)
+        forward.seat(live.update())
+        while live.rows:
+            step = self._step(live.row_H, forward)
+            change = live.update()
+            yield step._replace(ended=change.left)
+            forward.seat(change)
 
-        After each step: the N rows that took part and what they wrote, bool [N, K].
-        """
+    def _step(self, row_H: Tensor, forward: Forward) -> Step:
+        """One denoising step of the seated rows, without a look at who ended."""
         batch = self.batch
-        row_H = torch.arange(batch.canvas.batch_size, device=batch.start_B.device)
-        row_H = row_H[batch.is_active(row_H)]
-        if not len(row_H):
-            return
-        forward = make_forward(self.family, batch, self.plan, row_H, has_drafts=self.log is not None)
-        while len(row_H):
-            is_active_H = batch.is_active(row_H)
-            is_masked_HK = batch.masked(row_H) & is_active_H[:, None]
-            has_mask_H = is_masked_HK.any(-1)
-            is_denoising_H = has_mask_H | (is_active_H & self._may_edit(row_H))
-            has_step = bool(is_denoising_H.any())  # else all rows only store their blocks
-            hidden = forward.read(row_H)
-            is_written_HK = self._write(row_H, is_masked_HK, is_denoising_H, hidden) if has_step else is_masked_HK
-            batch.count_step(row_H, is_denoising_H, has_mask_H)
-            is_settled_H = ~has_mask_H & ~is_written_HK.any(-1)
-            is_complete_H = is_active_H & ~batch.masked(row_H).any(-1) & (is_settled_H | ~self._may_edit(row_H))
-            batch.is_done_B[row_H] |= is_complete_H & self._is_terminal(row_H)
-            if has_step:
-                yield row_H[is_denoising_H], is_written_HK[is_denoising_H]
-            # With a store pass, a block is stored by the first forward that finds it complete and leaves it so.
-            is_leaving_H = is_active_H & (is_settled_H if forward.has_store_pass else is_complete_H)
-            batch.advance(row_H[is_leaving_H & ~batch.is_done_B[row_H]])
-            is_live_H = batch.is_active(row_H)
-            if int(is_live_H.sum()) <= forward.keeps_rows_until * len(row_H):
-                forward.keep(is_live_H.nonzero()[:, 0])
-                row_H = row_H[is_live_H]
+        position_HK = batch.window(row_H)
+        is_active_H = batch.is_active(row_H)
+        is_masked_HK = batch.masked(row_H) & is_active_H[:, None]
+        has_mask_H = is_masked_HK.any(-1)
+        is_denoising_H = has_mask_H | (is_active_H & self._may_edit(row_H))
+        is_open_HK = is_masked_HK
+        if self.plan.decode.edit_threshold is not None:
+            is_completion_HK = batch.canvas.is_completion_BS[row_H[:, None], position_HK]
+            is_open_HK = is_masked_HK | (is_completion_HK & is_denoising_H[:, None])
+        place_N, column_N = is_open_HK.nonzero(as_tuple=True)
+        hidden = forward.read(place_N, column_N)
+        is_written_HK = self._write(row_H, is_masked_HK, place_N, column_N, hidden)
+        batch.count_step(row_H, is_denoising_H, has_mask_H)
+        is_settled_H = ~has_mask_H & ~is_written_HK.any(-1)
+        is_full_H = is_active_H & ~batch.masked(row_H).any(-1)
+        is_complete_H = is_full_H & (is_settled_H | ~self._may_edit(row_H))
+        batch.is_done_B[row_H] |= is_complete_H & self._is_terminal(row_H)
+        is_leaving_H = is_complete_H & ~batch.is_done_B[row_H]
+        # A step that read the block as it now is has thereby stored it.
+        batch.is_stale_B[row_H] |= is_leaving_H & ~is_settled_H
+        batch.advance(row_H, is_leaving_H)
+        return Step(row_H, is_denoising_H, position_HK, is_written_HK, [])
 
     def _may_edit(self, row_H: Tensor) -> Tensor:
         """bool [H]: whether another step may go over the row's block if that is complete."""
         batch = self.batch
         return ~batch.is_done_B[row_H] & (batch.post_step_B[row_H] < self.plan.max_post_steps)
 
-    def _write(self, row_H: Tensor, is_masked_HK: Tensor, is_denoising_H: Tensor, hidden: Hidden) -> Tensor:
+    def _write(self, row_H: Tensor, is_masked_HK: Tensor, place_N: Tensor, column_N: Tensor, hidden: Hidden) -> Tensor:
         """bool [H, K]: the positions that this step commits or edits; the batch holds their new tokens afterwards."""
         batch, decode = self.batch, self.plan.decode
-        is_open_HK = is_masked_HK
-        if decode.edit_threshold is not None:
-            is_completion_HK = batch.canvas.is_completion_BS[row_H[:, None], batch.window(row_H)]
-            is_open_HK = is_masked_HK | (is_completion_HK & is_denoising_H[:, None])
-        place_N, column_N = is_open_HK.nonzero(as_tuple=True)
         row_N = row_H[place_N]
         position_N = batch.start_B[row_N] + column_N
         counters = (batch.sample_id_B[row_N], position_N, batch.step_B[row_N])
         uniform_N = self.key.fold("token").uniform(*counters)
-        found = propose(self.family, self.plan, *hidden.at(place_N, column_N), uniform_N)
+        states = (hidden.plain_ND, hidden.unconditional_ND)
+        found = propose(self.family, self.plan, *states, uniform_N, self.meter)
         if self.log is not None:
-            self.log.add(self.family, batch, self.plan, self.key, row_H, is_masked_HK, hidden, found)
+            self.log.add(self.family, batch, self.plan, self.key, row_H, is_masked_HK, hidden, found, self.meter)
         score_N = found.score_N
         if unmask.find_policy(decode.unmask).score == "uniform":
             score_N = self.key.fold("unmask").uniform(*counters)
-        score_HK = torch.zeros(is_masked_HK.shape, dtype=score_N.dtype, device=score_N.device)
-        score_HK[place_N, column_N] = score_N
-        is_written_HK = self._choose(row_H, score_HK, is_masked_HK)
+
+        def spread(value_N: Tensor) -> Tensor:
+            return value_N.new_zeros(is_masked_HK.shape).index_put((place_N, column_N), value_N)
+
+        is_written_HK = self._choose(row_H, spread(score_N), is_masked_HK)
+        token_HK = spread(found.token_N)
         if decode.edit_threshold is not None:
             is_new_N = batch.canvas.input_BS[row_N, position_N] != found.token_N
-            is_edited_N = ~is_masked_HK[place_N, column_N] & is_new_N & (found.confidence_N > decode.edit_threshold)
-            batch.log_edits(row_N[is_edited_N], position_N[is_edited_N])
-            is_written_HK[place_N, column_N] |= is_edited_N
-        chosen_N = is_written_HK[place_N, column_N]
-        batch.commit(row_N[chosen_N], position_N[chosen_N], found.token_N[chosen_N], found.logp_N[chosen_N])
+            is_sure_HK = spread(is_new_N & (found.confidence_N > decode.edit_threshold))
+            is_edited_HK = is_sure_HK & ~is_masked_HK
+            batch.log_edits(row_H, is_edited_HK)
+            is_written_HK |= is_edited_HK
+        batch.commit(row_H, is_written_HK, token_HK, spread(found.logp_N))
         return is_written_HK
 
     def _choose(self, row_H: Tensor, score_HK: Tensor, is_masked_HK: Tensor) -> Tensor:
@@ -207,8 +233,9 @@ class Run:
         score_HK = torch.where(is_masked_HK, score_HK, batch.score_BS[place_HK, window_HK].to(score_HK.dtype))
         num_kept_H = unmask.cumulative_quota(batch.num_masked_B[row_H], self.plan.num_steps, batch.block_step_B[row_H])
         is_committed_HK, is_again_HK = unmask.running_confidence(score_HK, is_masked_HK, is_held_HK, num_kept_H)
-        batch.score_BS[place_HK[is_committed_HK], window_HK[is_committed_HK]] = score_HK[is_committed_HK].float()
-        batch.mask_again(place_HK[is_again_HK], window_HK[is_again_HK])
+        kept_HK = batch.score_BS[place_HK, window_HK]
+        batch.score_BS[place_HK, window_HK] = torch.where(is_committed_HK, score_HK.float(), kept_HK)
+        batch.mask_again(row_H, is_again_HK)
         return is_committed_HK
 
     def _is_terminal(self, row_H: Tensor) -> Tensor:
@@ -222,14 +249,34 @@ class Run:
         return is_last_H | (is_eos_HK & batch.canvas.is_completion_BS[place_HK]).any(-1)
 
 
-def _event(batch: Batch, index_B: Tensor, row_N: Tensor, is_committed_NK: Tensor, width: int) -> StepEvent:
-    """What `row_N` just committed; canvases as wide as those of the whole call, padded with zeros."""
-    committed_NS = torch.zeros_like(batch.step_map_BS[row_N], dtype=torch.bool)
-    committed_NS.scatter_(1, batch.window(row_N), is_committed_NK)
-    missing = width - batch.canvas.length
-    ids_NS, is_committed_NS, logp_NS = (
-        functional.pad(tensor_NS, (0, missing)).cpu()
-        for tensor_NS in (batch.canvas.input_BS[row_N], committed_NS, batch.logp_BS[row_N])
-    )
-    rows = index_B[row_N.cpu()].tolist()
-    return StepEvent(rows, batch.step_B[row_N].cpu() - 1, ids_NS, is_committed_NS, logp_NS)
+def _admission(prompts: list[list[int]]) -> tuple[list[int], list[int]]:
+    """The order in which rows are admitted, equal lengths and equal prompts together, and for each row its prompt."""
+    number: dict[tuple[int, ...], int] = {}
+    twins = [number.setdefault(tuple(prompt), len(number)) for prompt in prompts]
+    order = sorted(range(len(prompts)), key=lambda row: (len(prompts[row]), twins[row]))
+    return order, twins
+
+
+class _Progress:
+    """Counts settled positions: all of the rows that ended, and of the seated ones what is not masked."""
+
+    def __init__(self, batch: Batch, live: Live) -> None:
+        self.batch, self.live = batch, live
+        self.count = batch.canvas.is_completion_BS.sum(-1).tolist()
+        self.num_ended = 0
+
+    def after(self, step: Step) -> tuple[int, int]:
+        """(positions settled, all completion positions)."""
+        self.num_ended += sum(self.count[row] for row in step.ended)
+        num_seated = sum(self.count[row] for row in self.live.rows)
+        return self.num_ended + num_seated - self.batch.num_waiting(self.live.row_H), sum(self.count)
+
+
+def _event(batch: Batch, step: Step) -> StepEvent:
+    """What the rows that took part just committed."""
+    row_N = step.row_H[step.is_denoising_H]
+    position_NK, is_written_NK = step.position_HK[step.is_denoising_H], step.is_written_HK[step.is_denoising_H]
+    is_committed_NS = torch.zeros_like(batch.step_map_BS[row_N], dtype=torch.bool)
+    is_committed_NS.scatter_(1, position_NK, is_written_NK)
+    ids_NS, logp_NS = batch.canvas.input_BS[row_N].cpu(), batch.logp_BS[row_N].cpu()
+    return StepEvent(row_N.tolist(), batch.step_B[row_N].cpu() - 1, ids_NS, is_committed_NS.cpu(), logp_NS)

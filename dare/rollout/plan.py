@@ -27,6 +27,7 @@ class Plan:
     forbidden_ids: tuple[int, ...]  # never produced
     unranked_ids: tuple[int, ...]  # left out of the distribution that positions are ranked by
     max_post_steps: int  # steps that may go over a complete block to edit it; 0 = tokens are final
+    is_merged: bool  # one forward stores a complete block and takes the first step of the next
     has_first_step: bool  # the first step of a block commits its first position, whatever the policy
 
     @property
@@ -68,6 +69,7 @@ def make_plan(family: Family, decode: Decode) -> Plan:
         forbidden_ids=(spec.mask_id, *(spec.eos_ids if decode.forbid_eos else ())),
         unranked_ids=spec.eos_ids if decode.forbid_eos or decode.zero_eos_confidence else (),
         max_post_steps=_max_post_steps(decode),
+        is_merged=True,
         # Later steps read a block from its own positions only, of which none scores the first (Fast-dLLM for Dream).
         has_first_step=spec.is_shifted and cache in ("prefix", "dual"),
     )

@@ -89,7 +89,7 @@ class GroupedSigmoidRouter(Router):
     def forward(self, x_ND: Tensor) -> Route:
         logits_NE = functional.linear(x_ND.float(), self.weight.float())
         score_NE = logits_NE.sigmoid()
-        choice_NGe = (score_NE + self.expert_bias).view(len(x_ND), self.num_groups, -1)
+        choice_NGe = (score_NE + self.expert_bias).view(len(x_ND), self.num_groups, score_NE.shape[-1] // self.num_groups)
         group_NG = choice_NGe.topk(2, dim=-1).values.sum(-1)
         kept = group_NG.topk(self.groups_per_token, dim=-1).indices
         is_kept_NG = torch.zeros_like(group_NG, dtype=torch.bool).scatter_(-1, kept, True)
@@ -120,6 +120,8 @@ class Experts(nn.Module):
         and LLaDA-MoE sums in the model's dtype, which is equal in float32.
         """
         num_tokens, per_token = route.expert_NA.shape
+        if not num_tokens:
+            return x_ND
         chosen = route.expert_NA.flatten()
         order = chosen.argsort(stable=True)
         ids_E = torch.arange(len(self.gate_proj), device=chosen.device)
