@@ -137,12 +137,15 @@ class Uncached:
         flat_N = torch.arange(len(run) * num_columns, device=row_H.device)
         parts = self._run(row_H[index_U], position_HQ[index_U], flat_N) if run else []
         hidden_PUQD = [part.view(len(run), num_columns, -1) for part in parts]
+        place = {seat: index for index, seat in enumerate(run)}
         self._first |= {
-            twin: torch.stack([part[run.index(seat)] for part in hidden_PUQD]) for twin, seat in leaders.items()
+            twin: torch.stack([part[place[seat]] for part in hidden_PUQD]) for twin, seat in leaders.items()
         }
-        shared = [seat for seat in self._fresh if seat not in run]
+        shared = [seat for seat in self._fresh if seat not in place]
         known = torch.stack([self._first[twin_of[seat]] for seat in shared], dim=1) if shared else None
-        self._first = {twin: first for twin, first in self._first.items() if live.num_waiting(twin)}
+        # Whole canvases are not kept: those of later steps may be wider.
+        is_kept = {twin: not self.is_whole and live.num_waiting(twin) > 0 for twin in self._first}
+        self._first = {twin: first for twin, first in self._first.items() if is_kept[twin]}
         self._fresh = []
         every = [torch.stack(hidden_PUQD)] if run else []
         every += [] if known is None else [known]

@@ -89,7 +89,8 @@ class GroupedSigmoidRouter(Router):
     def forward(self, x_ND: Tensor) -> Route:
         logits_NE = functional.linear(x_ND.float(), self.weight.float())
         score_NE = logits_NE.sigmoid()
-        choice_NGe = (score_NE + self.expert_bias).view(len(x_ND), self.num_groups, score_NE.shape[-1] // self.num_groups)
+        group_size = score_NE.shape[-1] // self.num_groups
+        choice_NGe = (score_NE + self.expert_bias).view(len(x_ND), self.num_groups, group_size)
         group_NG = choice_NGe.topk(2, dim=-1).values.sum(-1)
         kept = group_NG.topk(self.groups_per_token, dim=-1).indices
         is_kept_NG = torch.zeros_like(group_NG, dtype=torch.bool).scatter_(-1, kept, True)
