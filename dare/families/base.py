@@ -7,8 +7,8 @@ D width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -23,6 +23,7 @@ from dare.families.config import Config, ModelSizes
 from dare.families.layers.attention import Cache, KVCache, Read, SharedContext, Visible
 from dare.families.layers.head import chunk_rows, linear_logp
 from dare.families.layers.moe import ExpertLoad
+from dare.families.layers.packing import Multiply, pack, packed_linears
 from dare.families.streams import pack_streams
 
 
@@ -132,6 +133,7 @@ class Family:
         self.config = config
         self.generation_config = generation_config
         self.buffer_dtypes = dict(buffer_dtypes or {})
+        self._head: Multiply | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -327,8 +329,19 @@ class Family:
 
     def row_logits(self, hidden_ND: Tensor) -> Tensor:
         """float32 [N, V]: the head applied to hidden states."""
-        logits_NV = (hidden_ND @ self.network.head_weight.T).float()
+        raw_NV = hidden_ND @ self.network.head_weight.T if self._head is None else self._head(hidden_ND)
+        logits_NV = raw_NV.float()
         return logits_NV if self.network.logit_scale == 1.0 else logits_NV * self.network.logit_scale
+
+    @contextmanager
+    def packed(self) -> Iterator[None]:
+        """Matmuls without gradients are faster while the block runs, in which no weight may change (`packing.py`)."""
+        self._head = pack(self.network.head_weight)
+        try:
+            with packed_linears(self.network):
+                yield
+        finally:
+            self._head = None
 
     def cache(self, batch_size: int, length: int) -> KVCache:
         """An empty cache of `length` slots for every row."""

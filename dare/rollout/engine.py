@@ -94,7 +94,7 @@ def denoise(
     canvas = family.empty_canvas(prompts, decode.gen_length, plan.block_length)
     trace = empty_trace(family, plan, canvas, sample_ids, weights_version)
     order, twins = _admission(prompts)
-    with torch.no_grad():
+    with torch.no_grad(), plan.weights(family):
         batch = begin_batch(family, plan, trace, torch.arange(len(prompts)))
         live = Live(batch, order, twins, decode.batch_size)
         progress = _Progress(batch, live)

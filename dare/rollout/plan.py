@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +12,7 @@ from dare.diffusion.unmask import find_policy
 from dare.families.base import Family
 
 _MAX_POST_STEPS = 16
+_MIN_STEPS_TO_PACK = 8  # packing weights takes as long as a few steps save
 
 CacheName = Literal["none", "prefix", "dual", "block"]
 
@@ -34,6 +36,12 @@ class Plan:
     def logp_temperature(self) -> float:
         """Temperature of the log-probs at commit; greedy decoding reports plain probabilities."""
         return self.decode.temperature or 1.0
+
+    def weights(self, family: Family) -> AbstractContextManager[None]:
+        """Around a rollout: packed weights where they pay."""
+        num_blocks = -(-self.decode.gen_length // self.block_length)
+        num_steps = num_blocks * (1 if self.decode.is_dynamic else self.num_steps)
+        return family.packed() if num_steps >= _MIN_STEPS_TO_PACK else nullcontext()
 
 
 def make_plan(family: Family, decode: Decode) -> Plan:
