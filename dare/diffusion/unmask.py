@@ -19,6 +19,7 @@ from dare.diffusion.sampling import ScoreName
 if TYPE_CHECKING:
     from torch import Tensor
 
+RankingName = ScoreName | Literal["uniform", "none"]
 Rule = Callable[["Tensor", "Tensor", "Due", Decode], "Tensor"]
 
 _THRESHOLD = 0.9
@@ -207,7 +208,7 @@ class Policy(NamedTuple):
     rule      (score_BK, is_masked_BK, due, decode) -> bool [B, K]
     """
 
-    score: ScoreName | Literal["uniform", "none"]
+    score: RankingName
     rule: Rule
 
 

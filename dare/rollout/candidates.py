@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dare.diffusion import sampling
-from dare.diffusion.unmask import find_policy
+from dare.diffusion.unmask import RankingName, find_policy
 from dare.families.base import Family
 from dare.families.layers.head import chunk_rows
 from dare.rollout.meter import Meter
@@ -51,7 +51,12 @@ def propose(
 def _propose_chunk(
     plan: Plan, mask_id: int, logits_NV: Tensor, unconditional_NV: Tensor | None, uniform_N: Tensor
 ) -> Candidates:
-    decode = plan.decode
+    decode, score = plan.decode, find_policy(plan.decode.unmask).score
+    if unconditional_NV is None and plan.is_plain_draw:
+        token_N, logp_N = sampling.draw(logits_NV, decode.temperature, plan.forbidden_ids, uniform_N)
+        if score == "confidence" and plan.logp_temperature == 1.0 and decode.edit_threshold is None:
+            return Candidates(token_N, logp_N, logp_N.exp(), torch.zeros_like(logp_N))
+        return _scored(plan, score, logits_NV, token_N, logp_N, mask_id)
     guided_NV = logits_NV
     if unconditional_NV is not None:
         guided_NV = unconditional_NV + (1.0 + decode.cfg_scale) * (logits_NV - unconditional_NV)
@@ -61,10 +66,15 @@ def _propose_chunk(
     ranked_NV = sampling.without(guided_NV, plan.unranked_ids)
     if "sampled_scores" in decode.compat:
         ranked_NV = sampling.filtered(ranked_NV, decode.temperature or 1.0, decode.top_k, decode.top_p)
-    score = find_policy(decode.unmask).score
+    return _scored(plan, score, ranked_NV, token_N, logp_N, mask_id)
+
+
+def _scored(
+    plan: Plan, score: RankingName, ranked_NV: Tensor, token_N: Tensor, logp_N: Tensor, mask_id: int
+) -> Candidates:
     score_N = confidence_N = torch.zeros_like(logp_N)
     if score != "uniform" and score != "none":
         score_N = sampling.score(score, ranked_NV, token_N, mask_id)
-    if decode.edit_threshold is not None:
+    if plan.decode.edit_threshold is not None:
         confidence_N = sampling.score("confidence", ranked_NV, token_N, mask_id)
     return Candidates(token_N, logp_N, score_N, confidence_N)

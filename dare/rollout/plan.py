@@ -33,6 +33,12 @@ class Plan:
     has_first_step: bool  # the first step of a block commits its first position, whatever the policy
 
     @property
+    def is_plain_draw(self) -> bool:
+        """Whether candidates come from the network's own distribution, forbidden tokens aside, and are ranked by it."""
+        decode = self.decode
+        return decode.top_k is None and decode.top_p is None and not decode.compat and not self.unranked_ids
+
+    @property
     def logp_temperature(self) -> float:
         """Temperature of the log-probs at commit; greedy decoding reports plain probabilities."""
         return self.decode.temperature or 1.0

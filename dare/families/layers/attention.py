@@ -81,6 +81,8 @@ class CacheRows:
         """[R, H, Q, hd]: the queries of the call's first R rows, after the keys and values of all rows are stored."""
         keys, values = self.cache.write(layer, key_BHTd, value_BHTd, slot_BT, self.row_B)
         num_rows = len(query_RHQd)
+        if not num_rows:
+            return query_RHQd
         if self.is_fresh:
             return attend(query_RHQd, key_BHTd[:num_rows], value_BHTd[:num_rows], visible)
         num_first, parts = min(self.num_first, num_rows), []

@@ -46,7 +46,7 @@ def is_faster(dtype: torch.dtype) -> bool:
     has_operators = hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(
         torch.ops.mkldnn, "_reorder_linear_weight"
     )
-    if dtype not in _DTYPES or not torch.backends.mkldnn.is_available() or not has_operators:
+    if dtype not in _DTYPES or not torch._C._has_mkldnn or not has_operators:
         return False
     weight, x = torch.ones(_PROBE_SIZE, _PROBE_SIZE, dtype=dtype), torch.ones(_PROBE_ROWS, _PROBE_SIZE, dtype=dtype)
     try:
