@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from dare.cli_bulk import bulk_generate
 from dare.cli_models import chat, convert
 from dare.cli_options import Checkpoint, DecodeOptions, Device, Dtype, Overrides, RecipeFile, load_model, token_text
 from dare.core.errors import DareError
@@ -135,6 +136,7 @@ def generate(
     prompt: Annotated[list[str] | None, typer.Option(help="text; repeatable")] = None,
     prompt_ids: Annotated[list[str] | None, typer.Option(help='token ids, "1,2,3"; repeatable')] = None,
     file: Annotated[Path | None, typer.Option(help='JSON lines: {"prompt": ...} or {"prompt_ids": [...]}')] = None,
+    out: Annotated[Path | None, typer.Option(help="with --file: JSON lines to write; resumes what is there")] = None,
     is_chat: Annotated[bool, typer.Option("--chat", help="send text as a user message")] = False,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     is_traced: Annotated[bool, typer.Option("--trace", help="show the canvas filling, step by step")] = False,
@@ -144,16 +146,23 @@ def generate(
 ) -> None:
     """Generate: one completion per prompt, greedy unless temperature says otherwise.
 
-    Without options, a checkpoint of a run decodes as that run is evaluated.
+    Without options, a checkpoint of a run decodes as that run is evaluated. With --out every completion is written as
+    soon as it is there; the same command continues a run that was stopped or killed.
 
     \b
     Examples:
       dare generate runs/rl --prompt "3 5 7>22=" gen_length=16 --trace
       dare generate GSAI-ML/LLaDA-8B-Instruct --chat --prompt "Who are you?" gen_length=64 block_length=32
       dare generate runs/rl --file prompts.jsonl temperature=1.0 --seed 1 --json
+      dare generate runs/rl --file prompts.jsonl --out completions.jsonl temperature=1.0
     """
     from dare.terminal.settings import generation_options, read_prompts
 
+    if out is not None:
+        if file is None or prompt or prompt_ids or is_traced:
+            raise DareError("--out writes the completions of a file", where="--out", fix="give --file and no prompts")
+        bulk_generate(checkpoint, file, out, overrides or [], is_chat=is_chat, seed=seed, device=device, dtype=dtype)
+        return
     prompts = read_prompts(prompt or [], prompt_ids or [], file, is_chat=is_chat)
     decode = generation_options(checkpoint, overrides or [])
     model = load_model(checkpoint, device, dtype)

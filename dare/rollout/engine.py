@@ -195,6 +195,10 @@ class Run:
         score_N = found.score_N
         if unmask.find_policy(decode.unmask).score == "uniform":
             score_N = self.key.fold("unmask").uniform(*counters)
+        if decode.eos_discount is not None:
+            progress_N = unmask.progress(decode.schedule, self.plan.num_steps, batch.block_step_B[row_N])
+            factor_N = decode.eos_discount + (1.0 - decode.eos_discount) * progress_N
+            score_N = torch.where(is_eos(found.token_N, self.family.spec.eos_ids), score_N * factor_N, score_N)
 
         def spread(value_N: Tensor) -> Tensor:
             return value_N.new_zeros(is_masked_HK.shape).index_put((place_N, column_N), value_N)

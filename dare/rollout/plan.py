@@ -77,7 +77,7 @@ def make_plan(family: Family, decode: Decode) -> Plan:
     return Plan(
         decode=decode,
         block_length=block_length,
-        num_steps=block_length if decode.steps_per_block is None else decode.steps_per_block,
+        num_steps=_num_steps(decode, block_length),
         cache=cache,
         has_eos_stop=is_blockwise if decode.eos_stop is None else decode.eos_stop,
         forbidden_ids=(spec.mask_id, *(spec.eos_ids if decode.forbid_eos else ())),
@@ -100,6 +100,12 @@ def check_prompts(family: Family, prompts: list[list[int]]) -> None:
                 got=f"token id {mask_id}",
                 fix="remove it from the prompt",
             )
+
+
+def _num_steps(decode: Decode, block_length: int) -> int:
+    if decode.steps_per_block is not None:
+        return decode.steps_per_block
+    return max(1, block_length.bit_length() - 1) if decode.schedule == "ascending" else block_length
 
 
 def _max_post_steps(decode: Decode) -> int:
