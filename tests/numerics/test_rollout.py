@@ -133,9 +133,9 @@ def test_ascending_steps_double_and_the_last_takes_the_rest(length: int, steps: 
 
 def test_an_early_eos_counts_as_less_sure() -> None:
     """The factor rises to 1; tokens are drawn as before, only their order changes; 1 is no discount."""
-    family = ending_early(_FAMILIES["llada"])
+    family, prompts = ending_early(_FAMILIES["llada"], 40), [[row, 3] for row in range(24)]
     options: dict[str, Any] = {"gen_length": 8, "block_length": 8, "steps_per_block": 4}
-    plain, none, discounted = (run(family, eos_discount=eos, **options) for eos in (None, 1.0, 0.01))
+    plain, none, discounted = (run(family, prompts, eos_discount=eos, **options) for eos in (None, 1.0, 0.01))
     assert torch.equal(plain.step_map_BS, none.step_map_BS)
     assert torch.equal(plain.canvas.input_BS, none.canvas.input_BS)
     steps = []
