@@ -66,6 +66,11 @@ def run_online(session: Session, engine: Engine, algorithm: Algorithm[Any], task
             updates = [update(engine, algorithm, samples, iteration) for iteration in iterations]
             engine.publish()
         metrics = {**rollout_metrics(trace, scored, samples), **_mean(updates)}
+        if step == session.first_step + 1 and "mismatch_kl" not in metrics:
+            session.reporter.message(
+                f"warning: {recipe.algorithm.name} scores no canvas that the rollout saw, so the mismatch between "
+                "trainer and rollout is not measured"
+            )
         session.record_step(step, metrics, num_tokens=int(samples.is_scored_BS.sum()))
         if session.is_due(recipe.log.samples_every, step):
             _show_samples(session, step, scored, tokenizer)
@@ -89,6 +94,7 @@ def build_samples(
         group_B=group_B,
         mask_id=trace.mask_id,
         step_map_BS=trace.step_map_BS,
+        is_rewritten=trace.edits is not None or trace.decode.get("remask", "none") != "none",
         rollout_logp_BS=trace.logp_BS,
         rollout_temperature=trace.temperature or 1.0,
         eos_ids=trace.eos_ids,
@@ -169,5 +175,6 @@ def _show_samples(session: Session, step: int, scored: list[Scored], tokenizer: 
 
 
 def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
-    """Means over inner iterations."""
-    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+    """Means over inner iterations; the first one has every metric."""
+    parts = {name: [row[name] for row in rows if name in row] for name in rows[0]}
+    return {name: sum(values) / len(values) for name, values in parts.items()}

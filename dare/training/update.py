@@ -21,6 +21,7 @@ from dare.core.engine import Engine
 from dare.core.errors import NonFiniteError
 from dare.core.rng import Key
 from dare.core.types import AuxLoss, Judgement, Loss, Samples, Views
+from dare.training.mismatch import mismatch
 
 
 @dataclass
@@ -31,6 +32,7 @@ class Iteration:
     old_RS: Tensor | None  # None: the first scoring pass of the update is the old policy's
     reference_RS: Tensor | None
     judgement: Judgement | None = None  # of the critic, before the first update
+    is_first: bool = False  # the weights are those of the rollout
 
 
 def plan_iterations(engine: Engine, algorithm: Algorithm[Any], samples: Samples, key: Key, num: int) -> list[Iteration]:
@@ -46,7 +48,7 @@ def plan_iterations(engine: Engine, algorithm: Algorithm[Any], samples: Samples,
         judgement = None
         if algorithm.critic_lr is not None:
             judgement = algorithm.judge(engine.score(views, samples, role="critic"), views, samples)
-        plans.append(Iteration(views, old, reference, judgement))
+        plans.append(Iteration(views, old, reference, judgement, is_first=index == 0))
     return plans
 
 
@@ -62,12 +64,12 @@ def update(engine: Engine, algorithm: Algorithm[Any], samples: Samples, iteratio
         # The gradient of a linear loss does not depend on where it is taken, so no scoring pass is needed.
         zero_RS = torch.zeros(views.noisy_RS.shape)
         _, grad_RS = _loss_and_grad(algorithm, zero_RS, zero_RS, iteration, samples)
-        logp_RS = engine.accumulate(views, samples, grad_RS, auxiliary=auxiliary)
+        logp_RS = known_RS = engine.accumulate(views, samples, grad_RS, auxiliary=auxiliary)
         logp_RS = torch.where(logp_RS.isnan() & (grad_RS == 0), 0.0, logp_RS)
         loss = algorithm.loss(logp_RS, logp_RS, iteration.reference_RS, views, samples)
         gap = 0.0
     else:
-        logp_RS = engine.score(views, samples)
+        logp_RS = known_RS = engine.score(views, samples)
         old_RS = logp_RS if iteration.old_RS is None else iteration.old_RS
         loss, grad_RS = _loss_and_grad(algorithm, logp_RS, old_RS, iteration, samples)
         replay_RS = engine.accumulate(views, samples, grad_RS, auxiliary=auxiliary)
@@ -80,7 +82,8 @@ def update(engine: Engine, algorithm: Algorithm[Any], samples: Samples, iteratio
         metrics[auxiliary.name] = _aux_value(auxiliary)
         value += metrics[auxiliary.name]
     critic = _accumulate_critic(engine, algorithm, samples, views) if algorithm.critic_lr is not None else {}
-    metrics = {"loss": value, **metrics, "replay_gap": gap, **engine.step()}
+    drift = mismatch(known_RS, views, samples) if iteration.is_first else {}
+    metrics = {"loss": value, **metrics, "replay_gap": gap, **drift, **engine.step()}
     if critic:
         critic |= engine.step(role="critic")
     return {**metrics, **{f"critic/{name}": number for name, number in critic.items()}}
