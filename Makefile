@@ -5,7 +5,7 @@ BIN := .venv/bin
 SEED ?= 0
 OUT ?= runs/demo
 
-.PHONY: demo test lint
+.PHONY: demo test test-scale lint
 
 .venv/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or 3.12 with venv found; install one or run: make PYTHON=/path/to/python"; exit 1; }
@@ -20,6 +20,16 @@ demo: .venv/.installed
 
 test: lint
 	$(BIN)/python -m pytest -n auto
+
+# verl needs an older transformers than constraints.txt has, hence an environment of its own.
+.venv-verl/.installed: pyproject.toml constraints-verl.txt
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 or 3.12 with venv found; install one or run: make PYTHON=/path/to/python"; exit 1; }
+	test -x .venv-verl/bin/python || $(PYTHON) -m venv .venv-verl
+	.venv-verl/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-verl.txt -e ".[verl]" pytest
+	@touch $@
+
+test-scale: .venv-verl/.installed
+	OMP_NUM_THREADS=1 timeout 1200 .venv-verl/bin/python -m pytest tests/scale
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

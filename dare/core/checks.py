@@ -14,7 +14,6 @@ from dare.core.registry import FAMILIES, check_name
 
 def check(recipe: Recipe) -> list[str]:
     """Warnings about doubtful settings. Raises DareError for settings that cannot work."""
-    check_name("executors", recipe.executor, where="executor")
     algorithm = recipe.algorithm.type
     if recipe.model.create is not None:
         family = recipe.model.create.family

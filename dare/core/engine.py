@@ -90,3 +90,7 @@ class Engine(Protocol):
     def load(self, directory: Path) -> None:
         """Restore what `save` wrote."""
         ...
+
+    def close(self) -> None:
+        """Let go of processes and connections; the engine is not used afterwards."""
+        ...

@@ -66,6 +66,10 @@ class TaskChoice(Plugin):
     table: ClassVar[str] = "tasks"
 
 
+class ExecutorChoice(Plugin):
+    table: ClassVar[str] = "executors"
+
+
 class CreateRecipe(Options):
     """A small model from scratch, with official field names in its config.json."""
 
@@ -144,7 +148,10 @@ class Recipe(Options):
 
     name: str = Field(min_length=1, description="shown in logs and reports")
     seed: int = Field(0, ge=0)
-    executor: str = "local"
+    executor: ExecutorChoice = Field(
+        default_factory=lambda: ExecutorChoice(name="local"),
+        description="where it runs: a name, or a name with options",
+    )
     model: ModelRecipe
     algorithm: AlgorithmChoice
     task: TaskChoice | None = None

@@ -58,7 +58,8 @@ TASKS: dict[str, Row] = {
 }
 
 EXECUTORS: dict[str, Row] = {
-    "local": Row("dare.executors.local:LocalEngine", "one process, CPU or one GPU"),
+    "local": Row("dare.executors.choices:Local", "one process, CPU or one GPU"),
+    "verl": Row("dare.executors.choices:Verl", "verl's Ray workers, FSDP2-sharded weights; extra dare-dllm[verl]"),
 }
 
 TABLES: dict[str, dict[str, Row]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from dare.core.recipe import Recipe
 from dare.core.rng import Key
 from dare.core.spec import FamilySpec
 from dare.core.types import AuxLoss, Canvas, Samples, TraceBatch, Views
-from dare.families.base import Family
+from dare.families.base import Family, Network
 from dare.families.build import build_family
 from dare.families.critic import Critic
 from dare.families.layers.moe import ExpertLoad
@@ -27,6 +28,8 @@ from dare.families.weights import load_weights, save_family
 from dare.rollout.engine import denoise
 from dare.rollout.tree import grow_trees
 from dare.training.optim import Optimizer
+
+_FIRST = torch.tensor([0])
 
 
 class LocalEngine:
@@ -43,12 +46,18 @@ class LocalEngine:
         num_updates: int,
         needs_reference: bool,
         critic_lr: float | None = None,
+        prepare: Callable[[Network], object] | None = None,
     ) -> None:
+        """`prepare` is called with every network before the optimizers take its parameters."""
         self.family = family
         self.micro_batch_views = recipe.train.micro_batch_views
-        self.optimizer = Optimizer(family.network.named_parameters(), recipe.optimizer, num_updates)
+        self.gradient_factor = 1.0
         self.reference = copy.deepcopy(family) if needs_reference else None
         self.critic = Critic(family) if critic_lr is not None else None
+        if prepare is not None:
+            for network in self.networks():
+                prepare(network)
+        self.optimizer = Optimizer(family.network.named_parameters(), recipe.optimizer, num_updates)
         if self.critic is not None:
             critic_recipe = recipe.optimizer.model_copy(update={"lr": critic_lr})
             self.critic_optimizer = Optimizer(self.critic.named_parameters(), critic_recipe, num_updates)
@@ -65,6 +74,11 @@ class LocalEngine:
         family = build_family(recipe.model, tokenizer, Key(recipe.seed))
         num_updates = recipe.train.steps * recipe.train.updates_per_rollout
         return cls(recipe, family, num_updates=num_updates, needs_reference=needs_reference, critic_lr=critic_lr)
+
+    def networks(self) -> list[Network]:
+        """The networks of the policy, the reference and the critic, as far as there are any."""
+        families = [self.family, self.reference, self.critic.family if self.critic is not None else None]
+        return [family.network for family in families if family is not None]
 
     @property
     def spec(self) -> FamilySpec:
@@ -108,15 +122,8 @@ class LocalEngine:
         )
 
     def score(self, views: Views, samples: Samples, *, is_reference: bool = False, role: Role = "policy") -> Tensor:
-        if is_reference and self.reference is None:
-            raise ValueError("this engine was built without a reference policy")
-        family = self.reference if is_reference and self.reference is not None else self.family
-        score = family.view_logp if role == "policy" else self._critic().view_value
-        score_RS = torch.zeros(views.noisy_RS.shape)
-        with torch.no_grad():
-            for part in self._micro_batches(torch.arange(views.num_views)):
-                score_RS[part] = score(*_rows(views, samples, part)).cpu()
-        return score_RS
+        parts = self._micro_batches(torch.arange(views.num_views))
+        return self.score_parts(views, samples.canvas, parts, is_reference=is_reference, role=role)
 
     def accumulate(
         self,
@@ -127,23 +134,57 @@ class LocalEngine:
         auxiliary: AuxLoss | None = None,
         role: Role = "policy",
     ) -> Tensor:
-        is_run_R = (grad_RS != 0).any(-1)
-        if auxiliary is not None:
-            is_run_R[auxiliary.view_A] = True
+        parts = self._micro_batches(replayed_rows(grad_RS, auxiliary))
+        return self.replay_parts(views, samples.canvas, grad_RS, parts, auxiliary=auxiliary, role=role)
+
+    def score_parts(
+        self, views: Views, canvas: Canvas, parts: list[Tensor], *, is_reference: bool = False, role: Role = "policy"
+    ) -> Tensor:
+        """`score` of the views that `parts` name, one forward per part; 0 elsewhere.
+
+        An empty part is a forward of the first view that counts for nothing: processes that hold shards of one
+        network have to forward equally often.
+        """
+        if is_reference and self.reference is None:
+            raise ValueError("this engine was built without a reference policy")
+        family = self.reference if is_reference and self.reference is not None else self.family
+        score = family.view_logp if role == "policy" else self._critic().view_value
+        score_RS = torch.zeros(views.noisy_RS.shape)
+        with torch.no_grad():
+            for part in parts:
+                found = score(*_rows(views, canvas, part if len(part) else _FIRST)).cpu()
+                if len(part):
+                    score_RS[part] = found
+        return score_RS
+
+    def replay_parts(
+        self,
+        views: Views,
+        canvas: Canvas,
+        grad_RS: Tensor,
+        parts: list[Tensor],
+        *,
+        auxiliary: AuxLoss | None = None,
+        role: Role = "policy",
+    ) -> Tensor:
+        """`accumulate` of the views that `parts` name, one forward and backward per part, empty ones as in
+        `score_parts`; NaN elsewhere."""
         score_RS = torch.full(views.noisy_RS.shape, torch.nan)
-        for part in self._micro_batches(is_run_R.nonzero()[:, 0]):
-            chosen, canvas = _rows(views, samples, part)
+        for part in parts:
+            chosen, rows = _rows(views, canvas, part if len(part) else _FIRST)
             terms: list[Tensor] = []
             if role == "critic":
-                score = self._critic().view_value(chosen, canvas)
+                score = self._critic().view_value(chosen, rows)
             else:
-                hidden_RTD = self.family.view_hidden(chosen, canvas, self.load_of_step)
+                hidden_RTD = self.family.view_hidden(chosen, rows, self.load_of_step if len(part) else None)
                 score = self.family.target_logp(hidden_RTD, chosen)
-                if auxiliary is not None:
+                if auxiliary is not None and len(part):
                     terms = self._aux_terms(hidden_RTD, chosen, auxiliary, part)
-            total = (grad_RS[part].to(score.device) * score).sum() + sum(terms)
-            total.backward()  # type: ignore[no-untyped-call]
-            score_RS[part] = score.detach().cpu()
+            weight = grad_RS[part].to(score.device) if len(part) else torch.zeros_like(score)
+            total = (weight * score).sum() + sum(terms)
+            (total * self.gradient_factor).backward()  # type: ignore[no-untyped-call]
+            if len(part):
+                score_RS[part] = score.detach().cpu()
         return score_RS
 
     def step(self, role: Role = "policy") -> dict[str, float]:
@@ -165,19 +206,14 @@ class LocalEngine:
 
     def load(self, directory: Path) -> None:
         load_weights(self.family, directory)
-        self.optimizer.load_state(self._read(directory, "optimizer"))
+        self.optimizer.load_state(read_tensors(directory, "optimizer", self.family.device))
         if self.critic is not None:
-            self.critic.load_state(self._read(directory, "critic"))
-            self.critic_optimizer.load_state(self._read(directory, "critic_optimizer"))
+            self.critic.load_state(read_tensors(directory, "critic", self.family.device))
+            state = read_tensors(directory, "critic_optimizer", self.family.device)
+            self.critic_optimizer.load_state(state)
 
-    def _read(self, directory: Path, name: str) -> dict[str, Tensor]:
-        path = directory / "trainer" / f"{name}.safetensors"
-        try:
-            tensors: dict[str, Tensor] = load_file(path, device=str(self.family.device))
-        except (SafetensorError, OSError) as error:
-            what = f"the {name.replace('_', ' ')} state cannot be read"
-            raise DareError(what, where=str(path), got=str(error)) from None
-        return tensors
+    def close(self) -> None:
+        """Nothing is held open."""
 
     def _critic(self) -> Critic:
         if self.critic is None:
@@ -201,6 +237,25 @@ class LocalEngine:
         return list(torch.split(rows, self.micro_batch_views)) if len(rows) else []
 
 
-def _rows(views: Views, samples: Samples, part: Tensor) -> tuple[Views, Canvas]:
+def read_tensors(directory: Path, name: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """A file of the trainer's state in a checkpoint. Raises DareError if it cannot be read."""
+    path = directory / "trainer" / f"{name}.safetensors"
+    try:
+        tensors: dict[str, Tensor] = load_file(path, device=str(device))
+    except (SafetensorError, OSError) as error:
+        what = f"the {name.replace('_', ' ')} state cannot be read"
+        raise DareError(what, where=str(path), got=str(error)) from None
+    return tensors
+
+
+def replayed_rows(grad_RS: Tensor, auxiliary: AuxLoss | None) -> Tensor:
+    """int64: the views that a backward has to run, ascending: a gradient somewhere, or an auxiliary term."""
+    is_run_R = (grad_RS != 0).any(-1)
+    if auxiliary is not None:
+        is_run_R[auxiliary.view_A] = True
+    return is_run_R.nonzero()[:, 0]
+
+
+def _rows(views: Views, canvas: Canvas, part: Tensor) -> tuple[Views, Canvas]:
     chosen = views.rows(part)
-    return chosen, samples.canvas.rows(chosen.sample_R)
+    return chosen, canvas.rows(chosen.sample_R)

@@ -56,6 +56,11 @@ class Network(nn.Module, ABC):
 
     @property
     @abstractmethod
+    def layers(self) -> nn.ModuleList:
+        """The layers in order: the units in which weights are sharded over processes."""
+
+    @property
+    @abstractmethod
     def head_weight(self) -> Tensor:
         """[V, D]; raw logits are `hidden @ head_weight.T * logit_scale`."""
 

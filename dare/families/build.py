@@ -11,7 +11,7 @@ from dare.core.recipe import CreateRecipe, ModelRecipe
 from dare.core.rng import Key
 from dare.core.spec import FamilySpec
 from dare.families.base import Family
-from dare.families.weights import create_family, load_family, read_spec, resolve_checkpoint
+from dare.families.weights import create_family, load_family, outline_family, read_spec, resolve_checkpoint
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -29,6 +29,13 @@ def family_spec(recipe: ModelRecipe, tokenizer: Any) -> FamilySpec:
     if recipe.path is not None:
         return read_spec(resolve_checkpoint(recipe.path))
     return _create(recipe.create, tokenizer, Key(0)).spec
+
+
+def outline(recipe: ModelRecipe, tokenizer: Any) -> Family:
+    """The family that `build_family` would return, without a checkpoint's weights: it lays canvases out."""
+    if recipe.path is not None:
+        return outline_family(resolve_checkpoint(recipe.path))
+    return _create(recipe.create, tokenizer, Key(0))
 
 
 def pick_device(name: str) -> torch.device:

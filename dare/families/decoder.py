@@ -59,6 +59,11 @@ class StackedNetwork(Network):
         return normed
 
     @property
+    def layers(self) -> nn.ModuleList:
+        found: nn.ModuleList = self.model.layers
+        return found
+
+    @property
     def head_weight(self) -> Tensor:
         return self.embedding.weight if self.lm_head is None else self.lm_head.weight
 

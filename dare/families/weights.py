@@ -7,6 +7,7 @@ is never executed.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -54,11 +55,32 @@ def read_spec(path: str | Path) -> FamilySpec:
     return _describe(Path(path))[1]
 
 
+def outline_family(path: str | Path) -> Family:
+    """The family of a checkpoint with its network on the meta device: it lays canvases out, but cannot forward.
+
+    Raises DareError as `load_family` does for the configs.
+    """
+    family_type, spec, config, generation_config = _describe(Path(path))
+    return Family(spec, _build(family_type, config), config, generation_config)
+
+
 def load_weights(family: Family, folder: Path) -> None:
     """Overwrite the weights of `family` in place; its dtype and device stay. Raises DareError like `load_family`."""
     shards = Shards(folder)
     _check_names(family.network, shards)
     _fill(family.network, shards)
+
+
+def filled_family(family: Family, tensors: Mapping[str, Tensor]) -> Family:
+    """A copy of `family` that holds `tensors`: whole parameters and buffers by name, taken as they are."""
+    where = "the config of a family in memory"
+    network = _build(find_family_type(family.config, where=where), family.config)
+    for name, tensor in tensors.items():
+        prefix, _, leaf = name.rpartition(".")
+        owner = network.get_submodule(prefix)
+        is_parameter = leaf in owner._parameters
+        setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
+    return Family(family.spec, network, family.config, family.generation_config, family.buffer_dtypes)
 
 
 def save_family(family: Family, directory: Path, dtype: torch.dtype | None = None) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from dare.core.errors import DareError, NonFiniteError
 from dare.core.recipe import OptimizerRecipe
@@ -36,12 +37,12 @@ class Optimizer:
         self.num_done = 0
         self.parameters = {name: parameter for name, parameter in parameters if parameter.requires_grad}
         self.masters = {name: _master(parameter) for name, parameter in self.parameters.items()}
-        decayed = [master for master in self.masters.values() if master.ndim >= 2]
-        plain = [master for master in self.masters.values() if master.ndim < 2]
-        groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        self.adam = torch.optim.AdamW(
-            [group for group in groups if group["params"]], lr=recipe.lr, betas=recipe.betas, eps=recipe.eps
-        )
+        groups = [
+            {"params": params, "weight_decay": recipe.weight_decay if is_matrix else 0.0}
+            for is_matrix in (True, False)
+            for params in _by_kind([master for master in self.masters.values() if (master.ndim >= 2) is is_matrix])
+        ]
+        self.adam = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps)
 
     def step(self) -> dict[str, float]:
         """Clip, update, copy masters back, clear gradients.
@@ -49,7 +50,7 @@ class Optimizer:
         Raises NonFiniteError naming the first bad parameter before any weight has changed.
         """
         grads = [master.grad for master in self.masters.values() if master.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0
+        norm = total_norm(grads)
         if not math.isfinite(norm):
             raise NonFiniteError(
                 "the gradient is not finite",
@@ -58,7 +59,8 @@ class Optimizer:
                 fix="lower optimizer.lr, or look at the samples of the last steps; the last checkpoint is intact",
             )
         if norm > self.recipe.max_grad_norm:
-            torch._foreach_mul_(grads, self.recipe.max_grad_norm / norm)
+            for kind in _by_kind(grads):
+                torch._foreach_mul_(kind, self.recipe.max_grad_norm / norm)
         rate = learning_rate(self.recipe, self.num_done, self.num_steps)
         for group in self.adam.param_groups:
             group["lr"] = rate
@@ -104,9 +106,25 @@ class Optimizer:
 
     def _first_bad(self) -> str:
         for name, master in self.masters.items():
-            if master.grad is not None and not bool(master.grad.isfinite().all()):
+            if master.grad is not None and not math.isfinite(total_norm([master.grad])):
                 return name
         return "unknown (the norm itself overflowed)"
+
+
+def total_norm(tensors: Sequence[Tensor]) -> float:
+    """The Euclidean norm of all tensors together; of whole tensors, where processes hold shards of them."""
+    squares = 0.0
+    for kind in _by_kind(tensors):
+        norm = torch.nn.utils.get_total_norm(kind)
+        squares += float(norm.full_tensor() if isinstance(norm, DTensor) else norm) ** 2
+    return math.sqrt(squares)
+
+
+def _by_kind(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Sharded tensors and whole ones apart, since no operation takes both; no empty lists."""
+    sharded: list[Tensor] = [tensor for tensor in tensors if isinstance(tensor, DTensor)]
+    whole = [tensor for tensor in tensors if not isinstance(tensor, DTensor)]
+    return [kind for kind in (sharded, whole) if kind]
 
 
 def _master(parameter: nn.Parameter) -> nn.Parameter:

@@ -8,9 +8,9 @@ from typing import Any
 from dare.algorithms.base import Algorithm
 from dare.core.checks import check, check_attention
 from dare.core.data_recipe import DataRecipe
+from dare.core.engine import Engine
 from dare.core.errors import DareError
 from dare.core.recipe import Recipe
-from dare.core.registry import resolve
 from dare.core.spec import FamilySpec
 from dare.families.build import family_spec
 from dare.families.tokenizer import char_tokenizer, load_tokenizer
@@ -35,8 +35,7 @@ def train(recipe: Recipe, run_dir: Path, reporter: Reporter, *, is_resumed: bool
     tokenizer = _tokenizer(recipe, task, raw_rows)
     rows = _encode(recipe, raw_rows, tokenizer, family_spec(recipe.model, tokenizer)) if raw_rows else []
     check_attention(recipe.algorithm.name, algorithm, family_spec(recipe.model, tokenizer).attention)
-    executor = resolve("executors", recipe.executor)
-    engine = executor.create(
+    engine: Engine = recipe.executor.build().create(
         recipe, tokenizer, needs_reference=algorithm.needs_reference, critic_lr=algorithm.critic_lr
     )
     session = Session(recipe, run_dir, reporter, is_resumed=is_resumed)
@@ -58,6 +57,8 @@ def train(recipe: Recipe, run_dir: Path, reporter: Reporter, *, is_resumed: bool
     except Exception as error:
         session.close("failed", error=str(error))
         raise
+    finally:
+        engine.close()
     return session.close("finished", checkpoint=resolve_model_path(str(run_dir)))
 
 

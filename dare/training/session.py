@@ -31,7 +31,7 @@ from dare.training.checkpoint import TrainerState, list_checkpoints, read_state,
 from dare.training.trackers import Tracker, build_trackers
 
 _LOGS = ("metrics", "timing", "eval", "samples")
-_MAY_CHANGE = (("log",), ("checkpoint",), ("train", "steps"), ("train", "micro_batch_views"))
+_MAY_CHANGE = (("executor",), ("log",), ("checkpoint",), ("train", "steps"), ("train", "micro_batch_views"))
 
 
 class Reporter(Protocol):

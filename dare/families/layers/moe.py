@@ -6,7 +6,7 @@ Shapes: N tokens, E experts, A experts per token, D width, F expert width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -231,6 +231,14 @@ class ExpertLoad:
         for count_E, route in zip(count_LE, routes, strict=True):
             count_E.scatter_add_(0, route.expert_NA.flatten(), is_real_N1.expand_as(route.expert_NA).flatten())
         self._count_LE = count_LE if self._count_LE is None else self._count_LE + count_LE
+
+    @classmethod
+    def joined(cls, parts: Sequence[ExpertLoad]) -> ExpertLoad:
+        """The load of several processes together; some may have counted nothing."""
+        counts = [part._count_LE.cpu() for part in parts if part._count_LE is not None]
+        whole = cls()
+        whole._count_LE = torch.stack(counts).sum(0) if counts else None
+        return whole
 
     def metrics(self) -> dict[str, float]:
         """Empty without experts or tokens; otherwise, over all layers:

@@ -43,6 +43,10 @@ class LLaDANetwork(Network):
         return normed
 
     @property
+    def layers(self) -> nn.ModuleList:
+        return self.model.transformer.blocks
+
+    @property
     def head_weight(self) -> Tensor:
         head = self.model.transformer.ff_out
         return self.model.transformer.wte.weight if head is None else head.weight
