@@ -54,9 +54,8 @@ def main() -> None:
     equal_s, equal_lengths = seconds(family, prompts[:num], full, arguments.repeats)
     ragged, equal, static = sum(lengths) / ragged_s, sum(equal_lengths) / equal_s, sum(lengths) / static_s
     print(f"{arguments.num} rows, {arguments.capacity} at a time, lengths {min(lengths)} to {max(lengths)}")
-    print(
-        f"ragged {ragged:.1f} tokens/s, equal {equal:.1f} ({ragged / equal:.2f}), static {static:.1f} ({ragged / static:.2f})"
-    )
+    print(f"ragged {ragged:.1f} tokens/s, equal {equal:.1f}, static {static:.1f}")
+    print(f"ragged / equal {ragged / equal:.2f}, ragged / static {ragged / static:.2f}")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,8 @@ def pack(weight: Tensor, bias: Tensor | None = None) -> Multiply | None:
 
     The result has no gradient.
     """
-    if not (weight.device.type == "cpu" and weight.numel() >= _MIN_ELEMENTS and is_faster(weight.dtype)):
+    is_plain = type(weight) in (Tensor, nn.Parameter)  # no shard of a distributed tensor, no quantised one
+    if not (is_plain and weight.device.type == "cpu" and weight.numel() >= _MIN_ELEMENTS and is_faster(weight.dtype)):
         return None
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), _ROWS_HINT)
     fixed_bias = None if bias is None else bias.detach()
