@@ -51,7 +51,7 @@ class Network(nn.Module, ABC):
                      fresh one, else the slots that are read. Or the masks of several noisy streams, for `attend`
         cache        keys and values of this call are written at slot = position before attention reads them;
                      a slot that is overwritten later simply holds the later value
-        read         spares the last layer the work on everything else; layers ask their `AttentionCall`
+        read         spares the last layer all other work; layers ask their `AttentionCall`
         """
 
     @property
@@ -329,37 +329,30 @@ class Family:
         self, ids_BT: Tensor, position_BT: Tensor, visible: Visible, cache: Cache | None, read: Read
     ) -> Tensor:
         """[N, D]: the hidden states that `read` names, at the least cost."""
-        hidden_1ND: Tensor = self.network(ids_BT, position_BT, visible, cache, read)
-        return hidden_1ND[0]
+        (hidden_ND,) = self.network(ids_BT, position_BT, visible, cache, read)
+        return hidden_ND
 
     def row_logits(self, hidden_ND: Tensor) -> Tensor:
         """float32 [N, V]: the head applied to hidden states."""
         raw_NV = hidden_ND @ self.network.head_weight.T if self._head is None else self._head(hidden_ND)
-        logits_NV = raw_NV.float()
-        return logits_NV if self.network.logit_scale == 1.0 else logits_NV * self.network.logit_scale
+        scale = self.network.logit_scale
+        return raw_NV.float() if scale == 1.0 else raw_NV.float() * scale
 
     @contextmanager
     def packed(self) -> Iterator[None]:
         """Matmuls without gradients are faster while the block runs, in which no weight may change (`packing.py`)."""
         self._head = pack(self.network.head_weight)
-        try:
-            with packed_linears(self.network):
+        with packed_linears(self.network):
+            try:
                 yield
-        finally:
-            self._head = None
+            finally:
+                self._head = None
 
     def cache(self, batch_size: int, length: int) -> KVCache:
         """An empty cache of `length` slots for every row."""
         network = self.network
-        return KVCache(
-            network.num_layers,
-            batch_size,
-            network.num_kv_heads,
-            length,
-            network.head_dim,
-            dtype=self.dtype,
-            device=self.device,
-        )
+        sizes = (network.num_layers, batch_size, network.num_kv_heads, length, network.head_dim)
+        return KVCache(*sizes, dtype=self.dtype, device=self.device)
 
     def _aligned(self, hidden_BSD: Tensor, is_real_BS: Tensor) -> Tensor:
         """Hidden states moved so that position i holds the one that scores token i.

@@ -94,11 +94,14 @@ def denoise(
     canvas = family.empty_canvas(prompts, decode.gen_length, plan.block_length)
     trace = empty_trace(family, plan, canvas, sample_ids, weights_version)
     order, twins = _admission(prompts)
+    meter = meter or Meter()
+    meter.switch("packing")
     with torch.no_grad(), plan.weights(family):
+        meter.switch("bookkeeping")
         batch = begin_batch(family, plan, trace, torch.arange(len(prompts)))
         live = Live(batch, order, twins, decode.batch_size)
         progress = _Progress(batch, live)
-        for step in Run(family, plan, key, batch, live, log, meter or Meter()).steps():
+        for step in Run(family, plan, key, batch, live, log, meter).steps():
             if on_step is not None:
                 on_step(_event(batch, step))
             if on_progress is not None:

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Literal
 
-Part = Literal["backbone", "head", "sampling", "bookkeeping"]
+Part = Literal["packing", "backbone", "head", "sampling", "bookkeeping"]
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Meter:
     num_read_pairs: int = 0
     num_logit_rows: int = 0
     seconds: dict[Part, float] = field(
-        default_factory=lambda: {"backbone": 0.0, "head": 0.0, "sampling": 0.0, "bookkeeping": 0.0}
+        default_factory=lambda: {"packing": 0.0, "backbone": 0.0, "head": 0.0, "sampling": 0.0, "bookkeeping": 0.0}
     )
     _part: Part = "bookkeeping"
     _since: float = field(default_factory=time.process_time)

@@ -74,7 +74,9 @@ def test_instant_verbs_load_nothing_heavy(words: list[str], recipe_file: Path) -
 
 
 @pytest.mark.parametrize(
-    "verb", ["train", "eval", "generate", "check", "show", "list", "data inspect", "report"], ids=str
+    "verb",
+    ["train", "eval", "generate", "check", "show", "list", "data inspect", "bench rollout", "report"],
+    ids=str,
 )
 def test_every_verb_explains_itself_with_an_example(verb: str) -> None:
     result = dare(*verb.split(), "--help")
