@@ -18,7 +18,9 @@ ROOT = Path(__file__).parents[1]
 PLANS, TOY, ZOO = "tests/numerics/test_plans.py", "tests/numerics/test_toy.py", "tests/numerics/test_zoo.py"
 FIRST, GOLDEN = "tests/numerics/test_golden_rl.py", "tests/numerics/test_golden_zoo.py"
 OBJECTIVES, STREAMS = "tests/numerics/test_objectives.py", "tests/numerics/test_streams.py"
-CONTRACTS, FAMILIES = "tests/contracts/test_algorithms.py", "tests/numerics/test_families_canvas.py"
+CONTRACTS, FAMILIES = "tests/contracts/test_algorithms.py", "tests/numerics/test_families_invariants.py"
+STEPWISE, RECORDS = "tests/numerics/test_stepwise.py", "tests/numerics/test_golden_rl_records.py"
+SHAPING, UPDATE = "tests/numerics/test_shaping.py", "tests/numerics/test_update.py"
 
 
 class Mutation(NamedTuple):
@@ -30,6 +32,7 @@ class Mutation(NamedTuple):
 
 
 CORRUPT, BLOCKS, LIKELIHOOD = "diffusion/corrupt.py", "diffusion/blocks.py", "diffusion/likelihood.py"
+CREDIT, TREE, POLICY = "objectives/stepwise.py", "objectives/tree.py", "algorithms/policy.py"
 ADVANTAGE, SURROGATE, KL = "objectives/advantage.py", "objectives/surrogate.py", "objectives/kl.py"
 MUTATIONS = [
     Mutation("1/t becomes 1", "diffusion/schedule.py", "lambda t: 1.0 / t)", "lambda t: t / t)", (TOY,)),
@@ -123,13 +126,13 @@ MUTATIONS = [
         "families/base.py",
         "torch.where(column_S > first_B1, column_S - 1, column_S)",
         "torch.where(column_S > first_B1, column_S, column_S)",
-        ("tests/numerics/test_families.py", FAMILIES),
+        (FAMILIES,),
     ),
     Mutation(
         "KL to the wrong policy",
         "algorithms/tracerl.py",
-        "base_RS = old_RS if reference_RS is None else reference_RS",
-        "base_RS = old_RS",
+        "(old_RS if anchor_RS is None else anchor_RS)",
+        "old_RS",
         (ZOO,),
     ),
     Mutation(
@@ -182,6 +185,132 @@ MUTATIONS = [
         "key.uniform(torch.arange(len(samples.sample_id_B))[:, None, None], view_1M1,",
         (CONTRACTS,),
     ),
+    Mutation(
+        "each micro-batch divides by its own views",
+        "executors/local.py",
+        "(grad_RS[part].to(score.device) * score).sum() +",
+        "(grad_RS[part].to(score.device) * score).sum() / len(part) +",
+        (UPDATE,),
+    ),
+    Mutation(
+        "MDPO: gain without what came later",
+        CREDIT,
+        "(reward_BT - before_BT + 1.0 + later_BT)",
+        "(reward_BT - before_BT + 1.0)",
+        (STEPWISE, RECORDS),
+    ),
+    Mutation(
+        "MDPO: gains compared across steps",
+        "algorithms/mdpo.py",
+        "* (int(drafts.step_D.max()) + 1) + drafts.step_D",
+        "* (int(drafts.step_D.max()) + 1)",
+        (RECORDS,),
+    ),
+    Mutation(
+        "MDPO: confidence left out",
+        "algorithms/mdpo.py",
+        "(item_RS * scale_R1 + kl_RS) * confidence_RS, 0.0)",
+        "(item_RS * scale_R1 + kl_RS), 0.0)",
+        (RECORDS,),
+    ),
+    Mutation(
+        "MDPO: the steps that disagree least",
+        "algorithms/mdpo.py",
+        "argsort(descending=True, stable=True)",
+        "argsort(descending=False, stable=True)",
+        ("tests/contracts/test_records.py",),
+    ),
+    Mutation(
+        "d-TreeRPO: all nodes are siblings",
+        TREE,
+        "value_N[is_child_N], parent_N[is_child_N])",
+        "value_N[is_child_N], 0 * parent_N[is_child_N])",
+        (STEPWISE,),
+    ),
+    Mutation(
+        "d-TreeRPO: an only child keeps its value",
+        TREE,
+        'only_child == "zero"',
+        'only_child == "none"',
+        (RECORDS, "tests/contracts/test_records.py"),
+    ),
+    Mutation(
+        "d-TreeRPO: an edge scores what its parent had",
+        "algorithms/dtreerpo.py",
+        "is_target_RS = is_revealed_RS & (is_eos_RS.cumsum(-1) == is_eos_RS)",
+        "is_target_RS = is_completion_RS & ~is_revealed_RS & (is_eos_RS.cumsum(-1) == is_eos_RS)",
+        ("tests/contracts/test_records.py",),
+    ),
+    Mutation(
+        "d-TreeRPO: shares ignore advantages",
+        "algorithms/dtreerpo.py",
+        "(advantage_R[good_C] / tau).softmax(0)",
+        "(0 * advantage_R[good_C]).softmax(0)",
+        (RECORDS,),
+    ),
+    Mutation(
+        "GAE: the next step's value is undiscounted",
+        CREDIT,
+        "later_B1 = gamma * next_value_B1",
+        "later_B1 = next_value_B1",
+        (STEPWISE,),
+    ),
+    Mutation(
+        "GAE: lambda left out",
+        CREDIT,
+        "+ gamma * lam * next_advantage_B1",
+        "+ gamma * next_advantage_B1",
+        (STEPWISE,),
+    ),
+    Mutation(
+        "TraceRL value: the smaller of both errors",
+        "algorithms/tracerl_value.py",
+        "torch.maximum(error_RS, clipped_error_RS)",
+        "torch.minimum(error_RS, clipped_error_RS)",
+        (RECORDS,),
+    ),
+    Mutation(
+        "TraceRL value: the reward comes at the first step",
+        "algorithms/tracerl_value.py",
+        "torch.where(is_trained_BS, step_BS, -1).amax(-1, keepdim=True)",
+        "torch.where(is_trained_BS, step_BS, 99).amin(-1, keepdim=True)",
+        (RECORDS,),
+    ),
+    Mutation(
+        "the ratio of a step is that of its sample",
+        POLICY,
+        'view_R if self.options.ratio == "step" else views.sample_R',
+        "views.sample_R",
+        (SHAPING,),
+    ),
+    Mutation(
+        "KL to the rollout goes to the reference",
+        POLICY,
+        'if self.options.beta > 0 and self.options.kl_to == "rollout":',
+        "if False:",
+        (SHAPING,),
+    ),
+    Mutation(
+        "clip presets the other way round",
+        SURROGATE,
+        '"clip_higher": (0.2, 0.28)',
+        '"clip_higher": (0.28, 0.2)',
+        (SHAPING,),
+    ),
+    Mutation(
+        "long completions are rewarded",
+        "rewards/mix.py",
+        "return -min(max(excess / lengths.margin, 0.0), 1.0)",
+        "return min(max(excess / lengths.margin, 0.0), 1.0)",
+        (SHAPING,),
+    ),
+    Mutation(
+        "kept groups get the drafts of others",
+        "training/groups.py",
+        '"sample_D": place_B[drafts.sample_D[is_kept_D]]',
+        '"sample_D": drafts.sample_D[is_kept_D]',
+        (SHAPING,),
+    ),
 ]
 
 
@@ -199,7 +328,10 @@ def is_killed(mutation: Mutation) -> bool:
         path.write_text(text.replace(mutation.right, mutation.wrong), encoding="utf-8")
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *mutation.tests]
         environment = {**os.environ, "PYTHONPATH": str(copy)}
-        return subprocess.run(command, cwd=copy, env=environment, capture_output=True, check=False).returncode == 1
+        code = subprocess.run(command, cwd=copy, env=environment, capture_output=True, check=False).returncode
+        if code not in (0, 1):  # 1: a test failed
+            raise ValueError(f"{mutation.fault}: pytest ended with {code}; do {', '.join(mutation.tests)} exist?")
+        return code == 1
 
 
 def main() -> None:

@@ -22,9 +22,9 @@ def measure(mode: str, num_views: int) -> float:
 
     from dare.core.recipe import parse_recipe
     from dare.core.rng import Key
+    from dare.data.rows import EncodedRow
     from dare.executors.local import LocalEngine
     from dare.families.weights import create_family
-    from dare.training.data import EncodedRow
     from dare.training.offline import rows_to_samples
     from dare.training.update import plan_iterations, update
 

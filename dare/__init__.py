@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dare.api import convert as convert
     from dare.api import evaluate as evaluate
+    from dare.api import evaluate_benchmarks as evaluate_benchmarks
     from dare.api import train as train
+    from dare.exports import export as export
     from dare.model import Model as Model
     from dare.model import load as load
 
@@ -21,9 +23,11 @@ _HOMES = {
     "Model": "dare.model",
     "convert": "dare.api",
     "evaluate": "dare.api",
+    "evaluate_benchmarks": "dare.api",
+    "export": "dare.exports",
     "train": "dare.api",
 }
-__all__ = ["Model", "convert", "evaluate", "load", "train"]
+__all__ = ["Model", "convert", "evaluate", "evaluate_benchmarks", "export", "load", "train"]
 
 
 def __getattr__(name: str) -> Any:

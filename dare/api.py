@@ -1,9 +1,9 @@
-"""`dare.train`, `dare.convert` and `dare.evaluate`: what the command line does, from Python."""
+"""`dare.train`, `dare.convert`, `dare.evaluate`, `dare.evaluate_benchmarks`: what the command line does, in Python."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,19 @@ from dare.core.recipe import Recipe, TaskChoice, load_recipe, parse_recipe
 from dare.core.recipe_errors import explain
 from dare.core.rng import Key
 from dare.core.types import TraceBatch
+from dare.evals.backend import NativeBackend
+from dare.evals.benchmarks.programs import ProgramBenchmark
+from dare.evals.benchmarks.table import find_benchmark
+from dare.evals.presets import plan
 from dare.evals.runner import evaluate_task
+from dare.evals.suite import Shard, run_benchmark
 from dare.families.convert import DEFAULT_MASK_TOKEN, Shift, convert_causal
+from dare.families.weights import resolve_checkpoint
 from dare.model import Model, find_dtype, load
 from dare.rollout.engine import denoise
+from dare.sandbox.run import Sandbox
 from dare.terminal.progress import NullReporter
+from dare.training.checkpoint import resolve_model_path
 from dare.training.run import train as run_recipe
 from dare.training.session import Reporter
 
@@ -114,3 +122,52 @@ def evaluate(
             lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
             write_text(temporary / "records.jsonl", lines)
     return summary
+
+
+def evaluate_benchmarks(
+    model: Model | str | Path,
+    tasks: Sequence[str] = (),
+    *,
+    out: str | Path,
+    preset: str | None = None,
+    checkpoint: str | None = None,
+    published: str | None = None,
+    overrides: dict[str, Any] | None = None,
+    shard: Shard | None = None,
+    is_weak_sandbox_allowed: bool = False,
+    on_progress: Progress | None = None,
+    on_result: Callable[[str, dict[str, Any] | None], None] | None = None,
+) -> dict[str, dict[str, Any] | None]:
+    """Run benchmarks on a model; the result card of each, or None where other shards are missing.
+
+    tasks       rows of `dare.evals.benchmarks.table`; empty: all of the preset
+    out         a folder per task: manifest.json, card.md, records.jsonl; an earlier run of the same settings goes on
+    preset      table, paper or a YAML file, see `dare.evals.presets`
+    checkpoint  where a model object came from: hashed for the result card
+    published   preset paper: which published model this is; default: the checkpoint's name
+    overrides   settings by dotted name, applied last: {"gen_length": 64, "task.num_shots": 4}
+    Raises DareError for user mistakes, before the first forward where possible: all data is looked for first.
+    """
+    if not isinstance(model, Model):
+        checkpoint = checkpoint or str(model)
+        model = load(model)
+    if model.tokenizer is None:
+        raise DareError("evaluation needs a tokenizer", fix="put the model's tokenizer files into the folder")
+    family = model.family.spec.name
+    planned = plan(preset, tasks, family=family, checkpoint=checkpoint or "", model=published, overrides=overrides)
+    benchmarks = [find_benchmark(item.task) for item in planned]
+    for benchmark, item in zip(benchmarks, planned, strict=True):
+        benchmark.data_path()
+        benchmark.shots(item.settings.num_shots)
+        if isinstance(benchmark, ProgramBenchmark):
+            benchmark.sandbox = Sandbox(is_weak_allowed=is_weak_sandbox_allowed)
+    folder = None if checkpoint is None else Path(resolve_checkpoint(resolve_model_path(checkpoint)))
+    backend = NativeBackend(model.family, model.tokenizer, folder)
+    results: dict[str, dict[str, Any] | None] = {}
+    for benchmark, item in zip(benchmarks, planned, strict=True):
+        results[item.task] = run_benchmark(
+            backend, benchmark, item.settings, Path(out), shard=shard, facts=item.facts, on_progress=on_progress
+        )
+        if on_result is not None:
+            on_result(item.task, results[item.task])
+    return results

@@ -10,8 +10,21 @@ from typer.core import TyperGroup
 
 from dare.cli_bench import bench_app
 from dare.cli_bulk import bulk_generate
+from dare.cli_data import data_app
+from dare.cli_eval import data_fetch, data_path, eval_app
+from dare.cli_export import export
 from dare.cli_models import chat, convert
-from dare.cli_options import Checkpoint, DecodeOptions, Device, Dtype, Overrides, RecipeFile, load_model, token_text
+from dare.cli_options import (
+    Base,
+    Checkpoint,
+    DecodeOptions,
+    Device,
+    Dtype,
+    Overrides,
+    RecipeFile,
+    load_model,
+    token_text,
+)
 from dare.core.errors import DareError
 
 EXIT_USER_ERROR = 2
@@ -46,7 +59,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-data_app = typer.Typer(help="Look at training data.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
 
@@ -86,48 +98,7 @@ def train(
         raise KeyboardInterrupt("the same command with --resume continues from the last checkpoint") from error
 
 
-@app.command("eval", short_help="Solve rate on held-out problems, with its interval.")
-def evaluate(
-    checkpoint: Checkpoint,
-    overrides: DecodeOptions = None,
-    *,
-    task: Annotated[str | None, typer.Option(help="a task; default: the task of the recipe")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="task and decode options; default: the checkpoint's run")] = None,
-    num: Annotated[int | None, typer.Option(min=1, help="held-out problems; default: the recipe's")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="for sampling; default: the recipe's, or 0")] = None,
-    split: Annotated[str, typer.Option(help="eval or train")] = "eval",
-    out: Annotated[Path | None, typer.Option(help="folder for summary.json and records.jsonl")] = None,
-    is_json: Annotated[bool, typer.Option("--json", help="print the summary as JSON")] = False,
-    device: Device = "auto",
-    dtype: Dtype = "checkpoint",
-) -> None:
-    """Evaluate: the solve rate on held-out problems with its 95% interval.
-
-    Without --task and --recipe, the settings are those of the run that the checkpoint belongs to. Keys that start
-    with "task." are options of the task, all others decode options.
-
-    \b
-    Examples:
-      dare eval runs/rl
-      dare eval runs/rl --task countdown --num 500 gen_length=16 task.max_value=9
-    """
-    from dare.terminal.settings import evaluation_settings
-
-    settings = evaluation_settings(checkpoint, task, recipe, overrides or [])
-    model = load_model(checkpoint, device, dtype)
-    from dare import api
-    from dare.terminal.progress import evaluation_line
-
-    result = api.evaluate(
-        model,
-        settings.task,
-        num=num or settings.num,
-        seed=settings.seed if seed is None else seed,
-        split=split,
-        out=out,
-        **settings.decode,
-    )
-    typer.echo(_to_json(result) if is_json else evaluation_line(None, result))
+app.add_typer(eval_app, name="eval")
 
 
 @app.command(short_help="Complete prompts; --trace shows how.")
@@ -143,6 +114,7 @@ def generate(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     is_traced: Annotated[bool, typer.Option("--trace", help="show the canvas filling, step by step")] = False,
     is_json: Annotated[bool, typer.Option("--json", help="one JSON object per completion")] = False,
+    base: Base = None,
     device: Device = "auto",
     dtype: Dtype = "checkpoint",
 ) -> None:
@@ -167,7 +139,7 @@ def generate(
         return
     prompts = read_prompts(prompt or [], prompt_ids or [], file, is_chat=is_chat)
     decode = generation_options(checkpoint, overrides or [])
-    model = load_model(checkpoint, device, dtype)
+    model = load_model(checkpoint, device, dtype, base)
     from dare.terminal.canvas import CanvasView
     from dare.terminal.completions import print_completions
     from dare.terminal.progress import progress_bar
@@ -184,6 +156,7 @@ def generate(
 
 app.command(short_help="Talk to a model; its canvas streams.")(chat)
 app.command(short_help="Make a diffusion model of an autoregressive one.")(convert)
+app.command(short_help="Merge an adapter, and write a model to publish.")(export)
 
 
 @app.command(short_help="Check recipes without running them.")
@@ -255,33 +228,8 @@ def list_tables(
     typer.echo(listing(table))
 
 
-@data_app.command("inspect", short_help="Show rows and which positions carry loss.")
-def inspect(
-    recipe: RecipeFile,
-    overrides: Overrides = None,
-    *,
-    num: Annotated[int, typer.Option(min=1, help="rows to show")] = 2,
-) -> None:
-    """Show training rows as the model sees them: which positions carry loss, where EOS is, how long they are.
-
-    \b
-    Example:
-      dare data inspect recipes/tiny/llada_sft.yaml --num 3
-    """
-    from dare.core.recipe import load_recipe
-
-    resolved = load_recipe(recipe, overrides or [])
-    from rich.console import Console
-
-    from dare.terminal.rows import print_legend, print_row
-    from dare.training.data import inspect_row
-    from dare.training.run import training_rows
-
-    tokenizer, rows = training_rows(resolved)
-    console = Console(highlight=False)
-    for row in rows[:num]:
-        print_row(row.uid, inspect_row(tokenizer, row), console)
-    print_legend(console)
+data_app.command("path", short_help="Where benchmark data lies, and what is missing.")(data_path)
+data_app.command("fetch", short_help="Download the data of a benchmark.")(data_fetch)
 
 
 @app.command(short_help="Write a report of a run as HTML, PNG, SVG and Markdown.")
@@ -300,12 +248,6 @@ def report(
     from dare.report.build import build_report
 
     typer.echo(build_report(run_dir, out or run_dir / "report", baseline) / "index.html")
-
-
-def _to_json(value: Any) -> str:
-    import json
-
-    return json.dumps(value, ensure_ascii=False, indent=2)
 
 
 def _fail(text: str) -> None:

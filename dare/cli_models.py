@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dare.cli_options import Checkpoint, DecodeOptions, Device, Dtype, load_model
+from dare.cli_options import Base, Checkpoint, DecodeOptions, Device, Dtype, load_model
 
 
 def chat(
@@ -16,6 +16,7 @@ def chat(
     *,
     system: Annotated[str | None, typer.Option(help="a system message")] = None,
     seed: Annotated[int, typer.Option(min=0, help="for temperature > 0")] = 0,
+    base: Base = None,
     device: Device = "auto",
     dtype: Dtype = "checkpoint",
 ) -> None:
@@ -31,7 +32,7 @@ def chat(
     from dare.terminal.settings import parse_options
 
     decode = parse_options(overrides or [])
-    model = load_model(checkpoint, device, dtype)
+    model = load_model(checkpoint, device, dtype, base)
     import sys
 
     from dare.terminal.chat import Chat, read_lines

@@ -26,8 +26,19 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, or checkpoint for the one it was saved with")]
 
 
-def load_model(checkpoint: str, device: str, dtype: str) -> Any:
+Base = Annotated[str | None, typer.Option(help="for an adapter: its base model; default: the one it names")]
+
+
+def load_model(checkpoint: str, device: str, dtype: str, base: str | None = None) -> Any:
     """A model, with the words of the command line turned into torch's."""
+    from dare.model import load
+
+    torch_device, torch_dtype = find_place(device, dtype)
+    return load(checkpoint, dtype=torch_dtype, device=torch_device, base=base)
+
+
+def find_place(device: str, dtype: str) -> tuple[str, Any]:
+    """torch's device and dtype (None: the checkpoint's) for the words of the command line."""
     from dare.core.errors import unknown_name
 
     dtypes, devices = ("checkpoint", "float32", "bfloat16"), ("auto", "cpu", "cuda")
@@ -37,13 +48,11 @@ def load_model(checkpoint: str, device: str, dtype: str) -> Any:
         raise unknown_name("dtype", dtype, dtypes, where="--dtype")
     import torch
 
-    from dare.model import load
-
     has_cuda = torch.cuda.is_available()
     if device == "cuda" and not has_cuda:
         raise DareError("there is no CUDA device", where="--device", fix="use --device cpu")
     wanted = {"checkpoint": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
-    return load(checkpoint, dtype=wanted, device="cuda" if has_cuda and device != "cpu" else "cpu")
+    return "cuda" if has_cuda and device != "cpu" else "cpu", wanted
 
 
 def token_text(tokenizer: Any) -> Callable[[int], str]:

@@ -20,9 +20,10 @@ from dare.core.text import Completion, Message, Prompt
 from dare.diffusion.trace import to_completions
 from dare.evals.likelihood import log_likelihood
 from dare.families.base import Family
+from dare.families.checkpoint import load_checkpoint
 from dare.families.tokenizer import decode as decode_text
 from dare.families.tokenizer import encode_completion, encode_prompt, load_tokenizer
-from dare.families.weights import load_family, resolve_checkpoint, save_family
+from dare.families.weights import resolve_checkpoint, save_family
 from dare.rollout.engine import denoise
 from dare.training.checkpoint import resolve_model_path
 
@@ -32,14 +33,23 @@ PromptLike = str | Sequence[int] | Sequence[Message]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load(path: str | Path, *, dtype: torch.dtype | str | None = None, device: str | torch.device = "cpu") -> Model:
+def load(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: str | torch.device = "cpu",
+    base: str | Path | None = None,
+) -> Model:
     """A model from a checkpoint folder, a run folder (its newest checkpoint) or a hub id.
 
+    An adapter is loaded on top of the base model that it names, or of `base`, after a check that the base's weights
+    are those it was trained on.
     dtype  torch's, or its name; None keeps the checkpoint's own. A folder without a tokenizer works with token ids.
     Raises DareError for anything that is not a whole checkpoint of a known family.
     """
     folder = resolve_checkpoint(resolve_model_path(str(path)))
-    family = load_family(folder, find_dtype(dtype), torch.device(device))
+    base_path = None if base is None else resolve_model_path(str(base))
+    family = load_checkpoint(folder, find_dtype(dtype), torch.device(device), base=base_path)
     family.network.eval()
     return Model(family, load_tokenizer(folder))
 
@@ -113,7 +123,10 @@ class Model:
         return log_likelihood(self.family, context_ids, completion_ids, num_samples, Key(seed))
 
     def save(self, path: str | Path) -> Path:
-        """Write a HF-layout checkpoint folder, atomically; an existing folder is replaced as a whole."""
+        """Write a HF-layout checkpoint folder, atomically; an existing folder is replaced as a whole.
+
+        Of a model with an adapter only the adapter is written, in the format of `peft`.
+        """
         with whole_directory(Path(path)) as temporary:
             save_family(self.family, temporary)
             if self.tokenizer is not None:

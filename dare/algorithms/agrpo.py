@@ -31,8 +31,11 @@ class AGRPO(TraceAlgorithm[AGRPOOptions]):
     number of scored tokens of the batch: an unbiased estimate of CJ-GRPO's clean loss, whose denoising steps are the
     actions of a Markov decision process. A fresh choice of steps in each inner iteration.
 
-    Of the paper only the abstract and the outline were at hand: the advantage rule, the clip and its interval, and the
-    division by tokens are our choice. The trace likelihood has CJ-GRPO's condition on how positions are chosen.
+    Advantages, clip and the missing KL are those of the author's code. That divides the summed terms of the drawn steps
+    by their number and by samples instead of tokens, draws steps with low discrepancy over the batch (here over a
+    sample's own draws), optionally in proportion to their entropy, and renormalises log-probs over what top-k and top-p
+    leave.
+    The trace likelihood has CJ-GRPO's condition on how positions are chosen.
     """
 
     Config = AGRPOOptions
@@ -44,8 +47,6 @@ class AGRPO(TraceAlgorithm[AGRPOOptions]):
     def loss(
         self, logp_RS: Tensor, old_RS: Tensor, reference_RS: Tensor | None, views: Views, samples: Samples
     ) -> Loss:
-        old_RS = self.old_logp(old_RS, views, samples)
-        advantage_RS = self.token_advantages(old_RS, views, samples)
-        item_RS, metrics = self.token_loss(logp_RS.double(), old_RS, reference_RS, advantage_RS, views.is_target_RS)
+        item_RS, metrics = self.trace_loss(logp_RS, old_RS, reference_RS, views, samples)
         num_tokens = corrupt.scored_scope(samples).is_target_BS.sum()
         return Loss(reduce.divide((item_RS * views.weight_RS).sum(), num_tokens), metrics)

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, ClassVar, Generic, Literal, TypeVar
 from dare.core.decode import Decode
 from dare.core.options import Options
 from dare.core.rng import Key
+from dare.core.spec import FamilySpec
 from dare.core.types import AuxLoss, Judgement, Loss, Record, Samples, Views
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+RowKind = Literal["completions", "pairs", "labelled"]
 OptionsT = TypeVar("OptionsT", bound=Options)
 
 
@@ -26,14 +28,20 @@ class Algorithm(ABC, Generic[OptionsT]):
 
     Config: ClassVar[type[Options]]
     kind: ClassVar[Literal["online", "offline"]]  # trains on rollouts | on dataset rows
+    row_kind: ClassVar[RowKind] = "completions"  # offline: completions to learn, pairs of them, or with good and bad
     needs_step_map: ClassVar[bool] = False
     needs: ClassVar[frozenset[Record]] = frozenset()  # what else the rollout must record
-    is_linear: ClassVar[bool] = False  # loss is linear in logp: no scoring pass before the backward
+    is_linear: bool = False  # loss is linear in logp: no scoring pass before the backward
+    compares_rewards: ClassVar[bool] = False  # forms its own advantages, so a reward must be one number
     # Attention kinds it cannot train ("full": masked models, "block_causal": block models), each with the reason.
     forbidden: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, options: OptionsT) -> None:
         self.options = options
+
+    def adapted(self, spec: FamilySpec) -> Algorithm[OptionsT]:
+        """This algorithm with the defaults of the family it will train; its options say what was decided."""
+        return self
 
     @property
     def needs_reference(self) -> bool:
@@ -61,6 +69,20 @@ class Algorithm(ABC, Generic[OptionsT]):
         """Learning rate of the critic; None without one."""
         return None
 
+    @property
+    def has_fixed_views(self) -> bool:
+        """Offline: whether a row has the same views whenever it comes up."""
+        return False
+
+    @property
+    def num_predictions(self) -> int:
+        """How often `with_predictions` is called on the views of an iteration, before the first update."""
+        return 0
+
+    def block_length(self, progress: float) -> int | None:
+        """Offline: the block length of a step after that share of the run; None: the recipe's."""
+        return None
+
     def advantages(self, reward_B: Tensor, group_B: Tensor) -> Tensor:
         """float32 [B]; offline algorithms have none."""
         raise TypeError(f"{type(self).__name__} does not train on rewards")
@@ -72,6 +94,10 @@ class Algorithm(ABC, Generic[OptionsT]):
         Each draw is keyed by (`key`, sample id, view, position): a sample's views do not depend on the other
         samples or on padding. `key` differs between inner iterations.
         """
+
+    def with_predictions(self, views: Views, samples: Samples, token_RS: Tensor) -> Views:
+        """The views to train on, given the policy's most likely token at each target of `views` (int64 [R, S])."""
+        raise TypeError(f"{type(self).__name__} asks for no predictions")
 
     @abstractmethod
     def loss(

@@ -74,9 +74,8 @@ class BGPO(PolicyAlgorithm[BGPOOptions]):
         divisor_B = samples.canvas.is_completion_BS.sum(-1) if is_whole else length_B
         new_R = elbo(logp_RS)
         log_ratio_R = reduce.divide(new_R - elbo(old_RS), divisor_B[sample_R])
-        eps_high = options.eps if options.eps_high is None else options.eps_high
         objective_R, is_clipped_R = linear_surrogate(
-            log_ratio_R, samples.advantage_B.double()[sample_R], options.eps, eps_high, options.dual_clip
+            log_ratio_R, samples.advantage_B.double()[sample_R], *options.clip_interval, options.dual_clip
         )
         loss_B = -reduce.group_mean(objective_R, sample_R, num)
         metrics = {
@@ -84,8 +83,9 @@ class BGPO(PolicyAlgorithm[BGPOOptions]):
             "clip_fraction": reduce.metric(is_clipped_R),
             "elbo_per_token": reduce.metric(reduce.divide(new_R, length_B[sample_R])),
         }
-        if reference_RS is not None:
-            difference_B = reduce.group_mean(new_R - elbo(reference_RS), sample_R, num)
+        anchor_RS = self.anchor(old_RS, reference_RS, views, samples)
+        if anchor_RS is not None:
+            difference_B = reduce.group_mean(new_R - elbo(anchor_RS), sample_R, num)
             kl_B, metrics["kl"] = self.kl_loss(difference_B)
             loss_B = loss_B + reduce.divide(kl_B, length_B)
         if options.norm == "sequence":

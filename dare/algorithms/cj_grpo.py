@@ -47,9 +47,7 @@ class CJGRPO(TraceAlgorithm[CJGRPOOptions]):
         self, logp_RS: Tensor, old_RS: Tensor, reference_RS: Tensor | None, views: Views, samples: Samples
     ) -> Loss:
         is_scored_RS = views.is_target_RS
-        old_RS = self.old_logp(old_RS, views, samples)
-        advantage_RS = self.token_advantages(old_RS, views, samples)
-        item_RS, metrics = self.token_loss(logp_RS.double(), old_RS, reference_RS, advantage_RS, is_scored_RS)
+        item_RS, metrics = self.trace_loss(logp_RS, old_RS, reference_RS, views, samples)
         if self.options.variant == "clean":
             value = reduce.masked_mean(item_RS, is_scored_RS)
         else:

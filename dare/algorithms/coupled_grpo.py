@@ -67,8 +67,9 @@ class CoupledGRPO(PolicyAlgorithm[CoupledGRPOOptions]):
             return likelihood.per_token(view_logp_RS, views.weight_RS, views.sample_R, samples.canvas.batch_size)
 
         is_scored_BS = corrupt.completion_scope(samples, "corrupted").is_target_BS
-        reference_BS = None if reference_RS is None else per_token(reference_RS)
+        anchor_RS = self.anchor(old_RS, reference_RS, views, samples)
+        anchor_BS = None if anchor_RS is None else per_token(anchor_RS)
         item_BS, metrics = self.token_loss(
-            per_token(logp_RS), per_token(old_RS), reference_BS, samples.advantage_B, is_scored_BS
+            per_token(logp_RS), per_token(old_RS), anchor_BS, samples.advantage_B, is_scored_BS
         )
         return Loss(reduce.masked_mean(item_BS, is_scored_BS), metrics)

@@ -43,5 +43,6 @@ class D1(PolicyAlgorithm[D1Options]):
         self, logp_RS: Tensor, old_RS: Tensor, reference_RS: Tensor | None, views: Views, samples: Samples
     ) -> Loss:
         advantage_R = samples.advantage_B[views.sample_R]
-        item_RS, metrics = self.token_loss(logp_RS.double(), old_RS, reference_RS, advantage_R, views.is_target_RS)
+        anchor_RS = self.anchor(old_RS, reference_RS, views, samples)
+        item_RS, metrics = self.token_loss(logp_RS.double(), old_RS, anchor_RS, advantage_R, views.is_target_RS)
         return Loss(reduce.masked_mean(item_RS, views.is_target_RS), metrics)

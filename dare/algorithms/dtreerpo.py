@@ -59,6 +59,7 @@ class DTreeRPO(PolicyAlgorithm[DTreeRPOOptions]):
     """
 
     Config = DTreeRPOOptions
+    compares_rewards: ClassVar[bool] = True
     needs: ClassVar[frozenset[Record]] = frozenset({"tree"})
 
     def branching(self, num_leaves: int) -> tuple[int, ...]:
@@ -96,7 +97,8 @@ class DTreeRPO(PolicyAlgorithm[DTreeRPOOptions]):
     ) -> Loss:
         advantage_R = self.node_advantages(samples)[_edges(_tree(samples))]
         is_target_RS = views.is_target_RS
-        item_RS, metrics = self.token_loss(logp_RS.double(), old_RS, reference_RS, advantage_R, is_target_RS)
+        anchor_RS = self.anchor(old_RS, reference_RS, views, samples)
+        item_RS, metrics = self.token_loss(logp_RS.double(), old_RS, anchor_RS, advantage_R, is_target_RS)
         edge_R1 = torch.arange(views.num_views)[:, None]
         value = reduce.mean_of_means(item_RS, is_target_RS, edge_R1, views.num_views)
         if self.options.variant == "faithful":

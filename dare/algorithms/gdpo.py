@@ -32,11 +32,11 @@ class GDPO(PolicyAlgorithm[GDPOOptions]):
     masks at the nodes it is exact for L <= 2 num_nodes. Loss: the mean over samples of
     -PPO(exp((ELBO - ELBO_old) / L), A) + beta KL / L, with A the reward minus the group's mean.
 
-    The project page writes the ratio as a quotient of ELBOs and 1 / L before the clipped term; we read likelihoods for
-    ELBOs and divide inside the exponential, which has the same gradient on policy and a ratio that does not grow with
-    L (`ratio_norm: none` leaves it undivided). The page's KL estimator and the paper's eps, beta and number of inner
-    iterations were not found: k2 of the ELBO difference, as in ESPO. No relation to the reward normalisation of the
-    same name.
+    The paper's ratio is exp(ELBO) / exp(ELBO_old) with 1 / L before the clipped term; we divide inside the exponential,
+    which has the same gradient on policy and a ratio that does not grow with L (`ratio_norm: none` leaves it
+    undivided). Its masks have a fixed count at each node, about t L, one mask per node; ours are Bernoulli, for which
+    the quadrature is exact. Its KL estimator, eps, beta and number of inner iterations were not found: k2 of the ELBO
+    difference, as in ESPO. No relation to the reward normalisation of the same name (`reward.combine: decoupled`).
     """
 
     Config = GDPOOptions

@@ -59,7 +59,8 @@ class JustGRPO(PolicyAlgorithm[JustGRPOOptions]):
         self, logp_RS: Tensor, old_RS: Tensor, reference_RS: Tensor | None, views: Views, samples: Samples
     ) -> Loss:
         advantage_R, is_target_RS = samples.advantage_B[views.sample_R], views.is_target_RS
-        item_RS, metrics = self.token_loss(logp_RS.double(), old_RS, reference_RS, advantage_R, is_target_RS)
+        anchor_RS = self.anchor(old_RS, reference_RS, views, samples)
+        item_RS, metrics = self.token_loss(logp_RS.double(), old_RS, anchor_RS, advantage_R, is_target_RS)
         if self.options.variant == "clean":
             return Loss(reduce.masked_mean(item_RS, is_target_RS), metrics)
         length_R = samples.canvas.is_completion_BS.sum(-1)[views.sample_R]

@@ -53,6 +53,7 @@ class MDPO(PolicyAlgorithm[MDPOOptions]):
     """
 
     Config = MDPOOptions
+    compares_rewards: ClassVar[bool] = True
     needs: ClassVar[frozenset[Record]] = frozenset({"drafts"})
 
     def step_advantages(self, samples: Samples) -> Tensor:
@@ -90,8 +91,9 @@ class MDPO(PolicyAlgorithm[MDPOOptions]):
         new_RS = logp_RS.double()
         item_RS, metrics = self.policy_loss(new_RS - old_RS, advantage_R[:, None], is_target_RS)
         kl_RS = torch.zeros_like(new_RS)
-        if reference_RS is not None:
-            kl_RS, metrics["kl"] = self.kl_loss(new_RS - reference_RS, is_target_RS)
+        anchor_RS = self.anchor(old_RS, reference_RS, views, samples)
+        if anchor_RS is not None:
+            kl_RS, metrics["kl"] = self.kl_loss(new_RS - anchor_RS, is_target_RS)
         if self.options.variant == "clean":
             token_RS = item_RS * confidence_RS + kl_RS
             row_R1 = torch.arange(views.num_views)[:, None]

@@ -10,21 +10,29 @@ from pydantic import Field
 from dare.algorithms.base import Algorithm
 from dare.core.decode import Decode
 from dare.core.errors import DareError
+from dare.core.lazy import torch
 from dare.core.options import Options
 from dare.core.types import Loss, Metric, Samples, Views
 from dare.diffusion import likelihood
 from dare.objectives import reduce
 from dare.objectives.advantage import AdvantageRule, compute_advantages
 from dare.objectives.kl import KLEstimator, estimate_kl
-from dare.objectives.surrogate import clipped_surrogate
+from dare.objectives.surrogate import CLIP_PRESETS, ClipPreset, clipped_surrogate
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Advantage = Annotated[AdvantageRule, Field(description="how rewards of a group become advantages")]
 Epsilon = Annotated[float, Field(ge=0.0, lt=1.0, description="the ratio is clipped to [1 - eps, 1 + eps_high]")]
-Beta = Annotated[float, Field(ge=0.0, description="weight of the KL to the reference; 0 needs no reference")]
-KL = Annotated[KLEstimator, Field(description="estimator of the KL to the reference")]
+Beta = Annotated[float, Field(ge=0.0, description="weight of the KL; 0 needs no reference")]
+KL = Annotated[KLEstimator, Field(description="estimator of the KL")]
+KLTarget = Annotated[
+    Literal["reference", "old", "rollout"],
+    Field(
+        description="whom the KL is measured to: the frozen policy, the one before the rollout's updates, or what the "
+        "rollout recorded at each commit (algorithms that replay it)"
+    ),
+]
 Tail = Annotated[
     Literal["scored", "keep_masked"],
     Field(description="positions after the first EOS: part of the likelihood, or always masked and not scored"),
@@ -51,10 +59,28 @@ class PolicyOptions(GroupOptions):
     beta: Beta
     kl: KL
     eps_high: float | None = Field(None, ge=0.0, description="upper clip; default: eps")
+    clip: ClipPreset | None = Field(
+        None,
+        description="a published interval in the place of eps and eps_high. clip_higher: [1 - 0.2, 1 + 0.28] (DAPO); "
+        "gspo: [1 - 3e-4, 1 + 4e-4], for ratios of sequences",
+    )
     dual_clip: float | None = Field(None, gt=1.0, description="cap of the ratio where the advantage is negative")
+    kl_to: KLTarget = "reference"
+
+    @property
+    def clip_interval(self) -> tuple[float, float]:
+        """How far a ratio may fall below 1, and rise above it, before it is clipped."""
+        if self.clip is not None:
+            return CLIP_PRESETS[self.clip]
+        return self.eps, self.eps if self.eps_high is None else self.eps_high
 
 
 class TraceOptions(PolicyOptions):
+    ratio: Literal["token", "step", "sequence"] = Field(
+        "token",
+        description="what is clipped together: a token, the tokens that a view scores (one denoising step), or all of "
+        "a sample; the ratios of the latter are geometric means over their tokens",
+    )
     old: Literal["scored", "rollout"] = Field(
         "scored",
         description="old log-probs: scored again by the trainer, or those that the rollout recorded at each commit",
@@ -89,15 +115,31 @@ class PolicyAlgorithm(GroupAlgorithm[PolicyOptionsT]):
 
     @property
     def needs_reference(self) -> bool:
-        return self.options.beta > 0
+        return self.options.beta > 0 and self.options.kl_to == "reference"
+
+    def check_rollouts(self, decode: Decode) -> list[str]:
+        if self.options.kl_to == "rollout" and not self.needs_step_map:
+            raise DareError(
+                "only algorithms that replay the rollout score what it recorded at each commit",
+                where="algorithm.kl_to",
+                got="rollout",
+                expected="reference or old",
+                fix="set kl_to: old, or choose cj_grpo, tracerl or agrpo",
+            )
+        return super().check_rollouts(decode)
+
+    def anchor(self, old_RS: Tensor, reference_RS: Tensor | None, views: Views, samples: Samples) -> Tensor | None:
+        """The log-probs [R, S] of the policy that the KL is measured to; None without a KL."""
+        if self.options.beta == 0:
+            return None
+        return old_RS if self.options.kl_to == "old" else reference_RS
 
     def policy_loss(
         self, log_ratio: Tensor, advantage: Tensor, is_item: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Metric]]:
         """-clipped surrogate of each item (a token or a sequence), and metrics over `is_item` (default: all)."""
-        options = self.options
-        eps_high = options.eps if options.eps_high is None else options.eps_high
-        objective, is_clipped = clipped_surrogate(log_ratio, advantage, options.eps, eps_high, options.dual_clip)
+        interval, dual_clip = self.options.clip_interval, self.options.dual_clip
+        objective, is_clipped = clipped_surrogate(log_ratio, advantage, *interval, dual_clip)
         metrics = {
             "ratio": reduce.metric(log_ratio.detach().exp(), is_item),
             "clip_fraction": reduce.metric(is_clipped, is_item),
@@ -105,19 +147,17 @@ class PolicyAlgorithm(GroupAlgorithm[PolicyOptionsT]):
         return -objective, metrics
 
     def kl_loss(self, difference: Tensor, is_item: Tensor | None = None) -> tuple[Tensor, Metric]:
-        """beta * KL of each item from log policy - log reference, and the KL's mean over `is_item`."""
+        """beta * KL of each item from log policy - log anchor, and the KL's mean over `is_item`."""
         kl = estimate_kl(self.options.kl, difference)
         return self.options.beta * kl, reduce.metric(kl, is_item)
 
     def token_loss(
-        self, new: Tensor, old: Tensor, reference: Tensor | None, advantage: Tensor, is_scored: Tensor
+        self, new: Tensor, old: Tensor, anchor: Tensor | None, advantage: Tensor, is_scored: Tensor
     ) -> tuple[Tensor, dict[str, Metric]]:
-        """Both terms of each token: log-probs [*, S] under three policies, advantages of rows [*] or tokens [*, S]."""
-        advantage = advantage.double()
-        advantage = advantage if advantage.dim() == new.dim() else advantage[:, None]
-        item, metrics = self.policy_loss(new - old, advantage, is_scored)
-        if reference is not None:
-            kl, metrics["kl"] = self.kl_loss(new - reference, is_scored)
+        """Both terms of each token: log-probs [*, S] under three policies, advantages of rows [*]."""
+        item, metrics = self.policy_loss(new - old, advantage.double()[:, None], is_scored)
+        if anchor is not None:
+            kl, metrics["kl"] = self.kl_loss(new - anchor, is_scored)
             item = item + kl
         return item, metrics
 
@@ -133,7 +173,7 @@ class PolicyAlgorithm(GroupAlgorithm[PolicyOptionsT]):
         ratio_norm: Literal["length", "none"],
         kl_norm: Literal["length", "none"],
     ) -> Loss:
-        """The mean over samples of -PPO(exp(ELBO - ELBO_old), A) + beta KL(ELBO - ELBO_reference).
+        """The mean over samples of -PPO(exp(ELBO - ELBO_old), A) + beta KL(ELBO - ELBO_anchor).
 
         ELBO: the weighted sum over a sample's views. `length_B` (tokens in the likelihood) divides the log-ratio, and
         the KL of the undivided difference, where the norm says so.
@@ -148,8 +188,9 @@ class PolicyAlgorithm(GroupAlgorithm[PolicyOptionsT]):
             log_ratio_B = reduce.divide(log_ratio_B, length_B)
         loss_B, metrics = self.policy_loss(log_ratio_B, samples.advantage_B.double())
         metrics["elbo_per_token"] = reduce.metric(reduce.divide(new_B, length_B))
-        if reference_RS is not None:
-            kl_B, metrics["kl"] = self.kl_loss(new_B - elbo(reference_RS))
+        anchor_RS = self.anchor(old_RS, reference_RS, views, samples)
+        if anchor_RS is not None:
+            kl_B, metrics["kl"] = self.kl_loss(new_B - elbo(anchor_RS))
             loss_B = loss_B + (reduce.divide(kl_B, length_B) if kl_norm == "length" else kl_B)
         return Loss(reduce.mean(loss_B), metrics)
 
@@ -169,7 +210,7 @@ class TraceAlgorithm(PolicyAlgorithm[TraceOptionsT]):
         return self.options.old == "scored"
 
     def check_rollouts(self, decode: Decode) -> list[str]:
-        if self.options.old == "rollout" or self.options.rollout_cap is not None:
+        if self.reads_recorded:
             if self.options.score_temperature != "rollout":
                 raise self._not_the_same("algorithm.score_temperature", self.options.score_temperature, "rollout")
             if decode.cache in ("prefix", "dual"):
@@ -177,6 +218,46 @@ class TraceAlgorithm(PolicyAlgorithm[TraceOptionsT]):
             if decode.cfg_scale != 0.0:
                 raise self._not_the_same("decode.cfg_scale", decode.cfg_scale, 0.0)
         return super().check_rollouts(decode)
+
+    @property
+    def reads_recorded(self) -> bool:
+        """Whether the rollout's own log-probs enter the loss."""
+        options = self.options
+        return options.old == "rollout" or options.rollout_cap is not None or options.kl_to == "rollout"
+
+    def trace_loss(
+        self, logp_RS: Tensor, old_RS: Tensor, reference_RS: Tensor | None, views: Views, samples: Samples
+    ) -> tuple[Tensor, dict[str, Metric]]:
+        """-clipped surrogate + beta KL of each token [R, S], and metrics."""
+        old_RS = self.old_logp(old_RS, views, samples)
+        new_RS, is_scored_RS = logp_RS.double(), views.is_target_RS
+        advantage_RS = self.token_advantages(old_RS, views, samples)
+        item_RS, metrics = self.policy_loss(self.log_ratio(new_RS - old_RS, views), advantage_RS, is_scored_RS)
+        anchor_RS = self.anchor(old_RS, reference_RS, views, samples)
+        if anchor_RS is not None:
+            kl_RS, metrics["kl"] = self.kl_loss(new_RS - anchor_RS, is_scored_RS)
+            item_RS = item_RS + kl_RS
+        return item_RS, metrics
+
+    def log_ratio(self, log_ratio_RS: Tensor, views: Views) -> Tensor:
+        """The tokens' log-ratios [R, S], each replaced by the mean of those that are clipped together with it.
+
+        The gradient on policy is that of token ratios: n tokens share a mean to which each contributes 1 / n.
+        """
+        if self.options.ratio == "token":
+            return log_ratio_RS
+        view_R = torch.arange(views.num_views, device=views.sample_R.device)
+        group_R = view_R if self.options.ratio == "step" else views.sample_R
+        zero_G = torch.zeros(views.num_views, dtype=log_ratio_RS.dtype, device=log_ratio_RS.device)
+        scored_RS = torch.where(views.is_target_RS, log_ratio_RS, 0.0)
+        total_G = zero_G.index_add(0, group_R, scored_RS.sum(-1))
+        count_G = zero_G.index_add(0, group_R, views.is_target_RS.sum(-1).to(zero_G.dtype))
+        return reduce.divide(total_G, count_G)[group_R, None].expand_as(log_ratio_RS)
+
+    def anchor(self, old_RS: Tensor, reference_RS: Tensor | None, views: Views, samples: Samples) -> Tensor | None:
+        if self.options.beta > 0 and self.options.kl_to == "rollout":
+            return self._recorded(views, samples)
+        return super().anchor(old_RS, reference_RS, views, samples)
 
     def old_logp(self, old_RS: Tensor, views: Views, samples: Samples) -> Tensor:
         """[R, S]: `old_RS`, or the log-probs recorded at each commit. Raises DareError if there are none."""
@@ -207,5 +288,5 @@ class TraceAlgorithm(PolicyAlgorithm[TraceOptionsT]):
             where=where,
             got=got,
             expected=expected,
-            fix="set algorithm.old: scored, without rollout_cap",
+            fix="set algorithm.old: scored, kl_to: reference or old, without rollout_cap",
         )

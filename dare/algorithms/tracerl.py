@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from dare.algorithms.policy import KL, Advantage, Beta, Epsilon, TraceAlgorithm, TraceOptions
+from dare.algorithms.policy import KL, Advantage, Beta, Epsilon, KLTarget, TraceAlgorithm, TraceOptions
 from dare.core.decode import Decode
 from dare.core.lazy import torch
 from dare.core.rng import Key
@@ -25,7 +25,7 @@ class TraceRLOptions(TraceOptions):
     eps: Epsilon = 0.2
     beta: Beta = 0.01
     kl: KL = "k3"
-    kl_to: Literal["old", "reference"] = Field("old", description="the policy that the KL pulls towards")
+    kl_to: KLTarget = "old"
     shrink: int = Field(1, ge=1, description="consecutive steps of a block (masked models: of all) scored as one")
     variant: Literal["clean", "faithful"] = Field(
         "clean", description="clean: mean over scored tokens; faithful: mean over views of the public code's view loss"
@@ -45,12 +45,8 @@ class TraceRL(TraceAlgorithm[TraceRLOptions]):
 
     Config = TraceRLOptions
 
-    @property
-    def needs_reference(self) -> bool:
-        return self.options.beta > 0 and self.options.kl_to == "reference"
-
     def check_rollouts(self, decode: Decode) -> list[str]:
-        if self.options.shrink > 1 and (self.options.old == "rollout" or self.options.rollout_cap is not None):
+        if self.options.shrink > 1 and self.reads_recorded:
             raise self._not_the_same("algorithm.shrink", self.options.shrink, 1)
         return super().check_rollouts(decode)
 
@@ -64,9 +60,9 @@ class TraceRL(TraceAlgorithm[TraceRLOptions]):
         is_target_RS, is_blockwise = views.is_target_RS, samples.canvas.is_blockwise
         is_faithful = self.options.variant == "faithful"
         old_RS = self.old_logp(old_RS, views, samples)
-        log_ratio_RS = logp_RS.double() - old_RS
-        base_RS = old_RS if reference_RS is None else reference_RS
-        difference_RS = logp_RS.double() - base_RS
+        log_ratio_RS = self.log_ratio(logp_RS.double() - old_RS, views)
+        anchor_RS = self.anchor(old_RS, reference_RS, views, samples)
+        difference_RS = logp_RS.double() - (old_RS if anchor_RS is None else anchor_RS)
         if is_faithful and is_blockwise:
             log_ratio_RS = log_ratio_RS.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
             difference_RS = difference_RS.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from dare.algorithms.policy import KL, Advantage, Beta, Epsilon, PolicyAlgorithm, PolicyOptions
+from dare.algorithms.policy import KL, Advantage, Beta, Epsilon, KLTarget, PolicyAlgorithm, PolicyOptions
 from dare.core.lazy import torch
 from dare.core.rng import Key
 from dare.core.types import Judgement, Loss, Samples, Views
@@ -23,10 +23,7 @@ class TraceRLValueOptions(PolicyOptions):
     eps: Epsilon = 0.2
     beta: Beta = 0.01
     kl: KL = "k3"
-    kl_to: Literal["old", "reference"] = Field(
-        "old",
-        description="whom the KL is measured to: the policy before the rollout's updates (paper), or the frozen one",
-    )
+    kl_to: KLTarget = "old"  # the paper's
     gamma: float = Field(1.0, ge=0.0, le=1.0, description="discount per denoising step")
     lam: float = Field(1.0, ge=0.0, le=1.0, description="lambda of the advantage estimate; 0 trusts the next value")
     value_clip: float = Field(0.2, gt=0.0, description="how far a value may move from the old one in the critic's loss")
@@ -52,10 +49,7 @@ class TraceRLValue(PolicyAlgorithm[TraceRLValueOptions]):
 
     Config = TraceRLValueOptions
     needs_step_map: ClassVar[bool] = True
-
-    @property
-    def needs_reference(self) -> bool:
-        return self.options.beta > 0 and self.options.kl_to == "reference"
+    compares_rewards: ClassVar[bool] = True
 
     @property
     def critic_lr(self) -> float | None:
@@ -82,8 +76,8 @@ class TraceRLValue(PolicyAlgorithm[TraceRLValueOptions]):
         advantage_RS = _judgement(samples).advantage_BS[views.sample_R].double()
         is_target_RS, new_RS = views.is_target_RS, logp_RS.double()
         item_RS, metrics = self.policy_loss(new_RS - old_RS, advantage_RS, is_target_RS)
-        anchor_RS = old_RS if self.options.kl_to == "old" else reference_RS
-        if self.options.beta > 0 and anchor_RS is not None:
+        anchor_RS = self.anchor(old_RS, reference_RS, views, samples)
+        if anchor_RS is not None:
             kl_RS, metrics["kl"] = self.kl_loss(new_RS - anchor_RS, is_target_RS)
             item_RS = item_RS + kl_RS
         metrics["token_advantage"] = reduce.metric(advantage_RS, is_target_RS)

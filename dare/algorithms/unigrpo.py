@@ -39,10 +39,11 @@ class UniGRPO(PolicyAlgorithm[UniGRPOOptions]):
     The prompt is never masked. Ratio and KL per masked token, none weighted by 1 / t; the loss is the mean over views
     of the mean over the view's scored tokens. A view that masks none of them does not count.
 
-    The paper spreads the noise levels of a rollout over its inner iterations from a random start; here each iteration
-    spreads them over its own views, so every one is balanced by itself. Its training code is not public: advantages,
-    eps and beta are the usual ones of GRPO. With t in (0.1, 0.9) and many views this is dLLM-RL's random masking,
-    which however sums its KL over a view's tokens and takes it to the old policy.
+    The paper (Algorithm 1) draws the noise level of a rollout's first inner iteration and spaces those of the others
+    evenly from there to the fully masked end; here each iteration spreads levels over its own views, so every one is
+    balanced by itself. Its training code is not public: advantages, eps and beta are the usual ones of GRPO. With t in
+    (0.1, 0.9) and many views this is dLLM-RL's random masking, which however sums its KL over a view's tokens and takes
+    it to the old policy.
     """
 
     Config = UniGRPOOptions
@@ -65,6 +66,7 @@ class UniGRPO(PolicyAlgorithm[UniGRPOOptions]):
     ) -> Loss:
         is_scored_RS = views.is_target_RS
         advantage_R = samples.advantage_B[views.sample_R]
-        item_RS, metrics = self.token_loss(logp_RS.double(), old_RS, reference_RS, advantage_R, is_scored_RS)
+        anchor_RS = self.anchor(old_RS, reference_RS, views, samples)
+        item_RS, metrics = self.token_loss(logp_RS.double(), old_RS, anchor_RS, advantage_R, is_scored_RS)
         view_R1 = torch.arange(views.num_views, device=is_scored_RS.device)[:, None]
         return Loss(reduce.mean_of_means(item_RS, is_scored_RS, view_R1, views.num_views), metrics)

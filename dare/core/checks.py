@@ -10,6 +10,7 @@ from typing import Any
 from dare.core.errors import DareError
 from dare.core.recipe import Recipe
 from dare.core.registry import FAMILIES, check_name
+from dare.core.reward_recipe import GroupRecipe, RewardRecipe
 
 
 def check(recipe: Recipe) -> list[str]:
@@ -21,11 +22,24 @@ def check(recipe: Recipe) -> list[str]:
         attention = FAMILIES[family].attention if family in FAMILIES else None
         if attention is not None:
             check_attention(recipe.algorithm.name, algorithm, attention)
+    _check_reference(recipe, algorithm)
     warnings = _check_online(recipe, algorithm) if algorithm.kind == "online" else _check_offline(recipe)
     _check_blocks(recipe)
+    _check_lora(recipe)
     if recipe.evaluation.num < 30 and recipe.task is not None:
         warnings.append(f"evaluation.num {recipe.evaluation.num} gives intervals too wide to compare anything")
     return warnings
+
+
+def _check_reference(recipe: Recipe, algorithm: Any) -> None:
+    """Stored log-probs need batches that are known beforehand, and somebody who reads them."""
+    if recipe.reference.mode == "live":
+        return
+    name = recipe.algorithm.name
+    is_online = algorithm.kind == "online"
+    if is_online or not recipe.algorithm.build().needs_reference:
+        reason = "trains on rollouts, which are not known beforehand" if is_online else "has no reference policy"
+        raise DareError(f"{name} {reason}", where="reference.mode", got="stored", fix="remove the reference section")
 
 
 def check_attention(name: str, algorithm: Any, attention: str) -> None:
@@ -58,6 +72,13 @@ def _check_online(recipe: Recipe, algorithm: Any) -> list[str]:
             where="train.completions_per_prompt",
             got=recipe.train.completions_per_prompt,
             fix="use 8 or more",
+        )
+    if algorithm.compares_rewards and recipe.reward.combine == "decoupled":
+        raise DareError(
+            f"{name} forms its advantages from whole rewards, so their parts cannot be compared one by one",
+            where="reward.combine",
+            got="decoupled",
+            fix="set reward.combine: sum, or choose another algorithm",
         )
     warnings = []
     _check_records(recipe, algorithm)
@@ -116,11 +137,35 @@ def _check_records(recipe: Recipe, algorithm: Any) -> None:
         )
 
 
+def _check_lora(recipe: Recipe) -> None:
+    if recipe.lora is None:
+        return
+    if recipe.model.create is not None:
+        raise DareError(
+            "an adapter belongs to a checkpoint, and a new model is in none",
+            where="lora",
+            got="model.create",
+            fix="train a new model whole, without lora; then give its run folder as model.path",
+        )
+    if recipe.algorithm.build().critic_lr is not None:
+        raise DareError(
+            f"{recipe.algorithm.name} trains a critic, a second network, which an adapter does not save",
+            where="lora",
+            fix="remove lora, or choose an algorithm without a critic; `dare list algorithms` shows them",
+        )
+
+
 def _check_offline(recipe: Recipe) -> list[str]:
-    if recipe.task is None and (recipe.data is None or recipe.data.path is None):
+    if recipe.task is None and (recipe.data is None or not recipe.data.all_sources):
         raise DareError(
             "there is nothing to train on", where="data.path", got="none", fix="give data.path, or a task with answers"
         )
+    for section, is_set in (
+        ("reward", recipe.reward != RewardRecipe()),
+        ("groups", recipe.groups != GroupRecipe()),
+    ):
+        if is_set:
+            raise DareError("offline training has no rewards", where=section, fix=f"remove the {section} section")
     if recipe.train.updates_per_rollout != 1:
         raise DareError(
             "offline training has no rollouts",

@@ -55,6 +55,10 @@ class Engine(Protocol):
         """float32 [R, S] without a graph: log-probs, or the critic's values; 0 where nothing is scored."""
         ...
 
+    def predict(self, views: Views, samples: Samples) -> Tensor:
+        """int64 [R, S]: the policy's most likely token at each target; 0 elsewhere. `score`'s forward, no verb."""
+        ...
+
     def accumulate(
         self,
         views: Views,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -19,9 +19,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from dare.core.data_recipe import DataRecipe
 from dare.core.decode import Decode
 from dare.core.errors import DareError
+from dare.core.lora_recipe import LoraRecipe
 from dare.core.options import Options
 from dare.core.recipe_errors import explain
+from dare.core.reference_recipe import ReferenceRecipe
 from dare.core.registry import resolve
+from dare.core.reward_recipe import GroupRecipe, RewardRecipe
 
 
 class Plugin(BaseModel):
@@ -52,6 +55,10 @@ class Plugin(BaseModel):
         """The plug-in, constructed with its options and `args`."""
         plugin = resolve(self.table, self.name)
         return plugin(plugin.Config.model_validate(self.model_extra or {}), *args)
+
+    def with_options(self, options: Options) -> Self:
+        """The same plug-in with other options."""
+        return self.model_validate({"name": self.name, **options.model_dump(mode="json")})
 
     @property
     def type(self) -> Any:
@@ -106,6 +113,12 @@ class TrainRecipe(Options):
     completions_per_prompt: int = Field(8, ge=1, description="online: group size G")
     updates_per_rollout: int = Field(1, ge=1, description="online: optimizer steps per rollout (mu)")
     micro_batch_views: int = Field(256, ge=1, description="views per forward and backward; never changes the result")
+    pack_length: int | None = Field(
+        None,
+        ge=1,
+        description="tokens per forward and backward, instead of micro_batch_views: views are laid end to end, each a "
+        "document that sees itself only, and no padding is computed; never changes the result",
+    )
 
 
 class OptimizerRecipe(Options):
@@ -119,6 +132,7 @@ class OptimizerRecipe(Options):
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0.0, description="on matrices only")
     max_grad_norm: float = Field(1.0, gt=0)
+    moments: Literal["float32", "8bit"] = Field("float32", description="8bit: stored blockwise; needs bitsandbytes")
 
 
 class EvaluationRecipe(Options):
@@ -153,11 +167,17 @@ class Recipe(Options):
         description="where it runs: a name, or a name with options",
     )
     model: ModelRecipe
+    lora: LoraRecipe | None = Field(
+        None, description="train an adapter of the model in model.path; default: all weights"
+    )
     algorithm: AlgorithmChoice
     task: TaskChoice | None = None
     data: DataRecipe | None = Field(None, description="offline rows; default: the task's problems and answers")
+    reward: RewardRecipe = Field(RewardRecipe(), description="online: what completions are trained towards")
+    groups: GroupRecipe = Field(GroupRecipe(), description="online: which groups of completions are trained on")
     decode: Decode = Decode()
     train: TrainRecipe = TrainRecipe()
+    reference: ReferenceRecipe = ReferenceRecipe()
     optimizer: OptimizerRecipe = OptimizerRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
     checkpoint: CheckpointRecipe = CheckpointRecipe()
@@ -182,9 +202,14 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         if "base" in base:
             raise DareError("a base recipe cannot have a base itself", where=str(parent_path), fix="merge the two")
         data = _merge(base, data)
+    return parse_recipe(with_overrides(data, overrides), where=str(path))
+
+
+def with_overrides(data: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """`data` itself, changed by dotted overrides. Raises DareError for one that cannot be read."""
     for override in overrides:
         _apply(data, override)
-    return parse_recipe(data, where=str(path))
+    return data
 
 
 def parse_recipe(data: dict[str, Any], *, where: str) -> Recipe:

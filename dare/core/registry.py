@@ -19,6 +19,14 @@ class Row(NamedTuple):
 
 ALGORITHMS: dict[str, Row] = {
     "sft": Row("dare.algorithms.sft:SFT", "supervised fine-tuning, 1/t-weighted ELBO (LLaDA; BD3-LM on block models)"),
+    "trace_sft": Row(
+        "dare.algorithms.trace_sft:TraceSFT", "distillation of the model's own verified trajectories, steps merged"
+    ),
+    "vrpo": Row("dare.algorithms.vrpo:VRPO", "preference pairs: DPO on low-variance ELBOs (LLaDA 1.5)"),
+    "dpo": Row("dare.algorithms.dpo:DPO", "preference pairs: DPO on one draw, two-stream on block models (LLaDA2.0)"),
+    "ipo": Row("dare.algorithms.ipo:IPO", "preference pairs: squared distance of the ELBO score to its target"),
+    "kto": Row("dare.algorithms.kto:KTO", "good and bad completions, not paired (ELBO-KTO)"),
+    "dtrpo": Row("dare.algorithms.dtrpo:DTRPO", "preference pairs: DPO on trajectories, one re-masked state each"),
     "d1": Row("dare.algorithms.d1:D1", "diffu-GRPO: one-step mean-field token ratios with prompt noise"),
     "coupled_grpo": Row("dare.algorithms.coupled_grpo:CoupledGRPO", "token ratios from coupled views (DiffuCoder)"),
     "espo": Row("dare.algorithms.espo:ESPO", "sequence-level ratio of coupled ELBO estimates"),
@@ -54,6 +62,9 @@ TASKS: dict[str, Row] = {
     "countdown": Row("dare.tasks.countdown:Countdown", "reach a target number from given numbers (reasoning-gym)"),
     "chain_sum": Row("dare.tasks.chain_sum:ChainSum", "sums and differences of several numbers (reasoning-gym)"),
     "mini_sudoku": Row("dare.tasks.mini_sudoku:MiniSudoku", "4x4 sudoku (reasoning-gym)"),
+    "benchmark": Row(
+        "dare.evals.benchmarks.task:BenchmarkTask", "a benchmark with its own data and scorer, such as gsm8k"
+    ),
     "reasoning_gym": Row("dare.tasks.reasoning_gym:ReasoningGym", "any reasoning-gym dataset, its own question text"),
 }
 

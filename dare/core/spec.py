@@ -20,3 +20,4 @@ class FamilySpec:
     pad_id: int
     vocab_size: int  # rows of the embedding and of the head
     max_length: int
+    sft_preset: str = "llada"  # the supervised objective it was trained with: a row of `sft_presets.PRESETS`

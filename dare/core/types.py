@@ -245,13 +245,13 @@ class Samples:
                             the positions that carry loss
     sample_id_B     int64   stable ids that key the corruption
     advantage_B     float32 zeros for dataset rows
-    group_B         int64   samples of one prompt share a group
+    group_B         int64   samples of one prompt share a group; the two sides of a preference pair do
     step_map_BS     int64   None for dataset rows
     rollout_logp_BS float32 the rollout's own log-probs at commit; None for dataset rows
     is_rewritten    whether the rollout changed tokens after it had committed them, so that the step map does not say
                     what each step read
     eos_ids         what ends a completion
-    reward_B        float32 rewards of rollouts; None for dataset rows
+    reward_B        float32 rewards of rollouts; of preference rows 1 (preferred) or 0; None for other dataset rows
     drafts, tree    of the rollout, where the algorithm asked for them
     progress        share of the run's steps that were done before this batch, in [0, 1)
     judgement       what the critic made of the rollout, where the algorithm has one
@@ -294,6 +294,8 @@ class Views:
     weight_RS    float32 the plan's weight of each scored log-prob; 0 where is_target_RS is False
     sample_R     int64   row of `Samples` that the view belongs to
     view_R       int64   index of the view within its sample (0-based)
+    predicted_RS int64   the policy's most likely token at each target before the update, -1 where not asked for; None
+                         unless the algorithm has predictions
     """
 
     noisy_RS: Tensor
@@ -304,6 +306,7 @@ class Views:
     sample_R: Tensor
     view_R: Tensor
     temperature: float = 1.0  # logits are divided by it before the softmax
+    predicted_RS: Tensor | None = None
 
     def __post_init__(self) -> None:
         shape = tuple(self.noisy_RS.shape)
@@ -325,7 +328,8 @@ class Views:
 
     def rows(self, index: Tensor | slice) -> Views:
         """The chosen views, in that order."""
-        changes = {f.name: getattr(self, f.name)[index] for f in dataclasses.fields(self) if f.name != "temperature"}
+        columns = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "temperature"}
+        changes: dict[str, Any] = {name: None if column is None else column[index] for name, column in columns.items()}
         return dataclasses.replace(self, **changes)
 
 

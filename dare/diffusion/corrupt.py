@@ -26,10 +26,13 @@ from dare.core.lazy import torch
 from dare.core.rng import Key
 from dare.core.types import Samples, Views
 from dare.diffusion.counts import rounded_counts, stratified_counts
-from dare.diffusion.schedule import ScheduleName, find_schedule, spread_time
+from dare.diffusion.schedule import ScheduleName, find_schedule, spread_time, stratum
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+# Which noise levels of a sample are kept apart: those of its views, also those of its blocks, or none.
+TimeSpread = Literal["views", "blocks", "none"]
 
 
 @dataclass(frozen=True)
@@ -114,34 +117,12 @@ def bernoulli(
     scope              what may be masked and scored; default: the scored positions
     """
     scope = scored_scope(samples) if scope is None else scope
-    shares_BMS = _time_shares(samples, key, scope, num_views, is_time_per_block, is_stratified)
+    spread: TimeSpread = "views" if is_stratified else "none"
+    shares_BMS = time_shares(samples, key, scope, num_views, is_time_per_block, spread)
     t_BMS = spread_time(shares_BMS, t_min, t_max)
     noise = find_schedule(schedule)
     is_drawn_BMS = position_uniform(samples, key.fold("mask"), num_views) < noise.mask_probability(t_BMS)
     return scoped_views(samples, scope, is_drawn_BMS, noise.loss_weight(t_BMS) / num_views, temperature)
-
-
-def complementary_bernoulli(
-    samples: Samples,
-    key: Key,
-    *,
-    num_pairs: int,
-    t_min: float = 1e-3,
-    is_time_per_block: bool = True,
-    is_stratified: bool = True,
-    temperature: float = 1.0,
-) -> Views:
-    """2 * `num_pairs` views per sample: a Bernoulli(t) mask and its complement, so each pair scores every token once.
-
-    t is uniform on [t_min, 1 - t_min); weights 1 / (2t) and 1 / (2(1 - t)) over num_pairs. The schedule is linear, the
-    only one whose complement follows the same law.
-    """
-    scope = scored_scope(samples)
-    shares_BMS = _time_shares(samples, key, scope, num_pairs, is_time_per_block, is_stratified)
-    t_BMS = spread_time(shares_BMS, t_min, 1.0 - t_min)
-    is_drawn_BMS = position_uniform(samples, key.fold("mask"), num_pairs) < t_BMS
-    weight_BMS = 0.5 / num_pairs / torch.where(is_drawn_BMS, t_BMS, 1.0 - t_BMS)
-    return scoped_views(samples, scope, *_with_complement(is_drawn_BMS, weight_BMS), temperature)
 
 
 def coupled_bernoulli(
@@ -160,7 +141,7 @@ def coupled_bernoulli(
     scored token is a target of the first view and of exactly one view of each pair (Coupled-GRPO, Gong et al. 2025).
     """
     scope = completion_scope(samples, "corrupted")
-    shares_BMS = _time_shares(samples, key, scope, num_pairs, is_time_per_block=False, is_stratified=False)
+    shares_BMS = time_shares(samples, key, scope, num_pairs, is_time_per_block=False, spread="none")
     t_BMS = spread_time(shares_BMS, t_min, t_max)
     is_drawn_BMS = position_uniform(samples, key.fold("mask"), num_pairs) < t_BMS
     pair_weight_BMS = weight / torch.where(is_drawn_BMS, t_BMS, 1.0 - t_BMS)
@@ -354,18 +335,30 @@ def unit_sizes(unit_BS: Tensor, is_maskable_BS: Tensor) -> tuple[Tensor, Tensor]
     return size_BU.gather(1, unit_BS), start_BU.gather(1, unit_BS)
 
 
-def _time_shares(
-    samples: Samples, key: Key, scope: Scope, num_views: int, is_time_per_block: bool, is_stratified: bool
+def time_shares(
+    samples: Samples, key: Key, scope: Scope, num_views: int, is_time_per_block: bool, spread: TimeSpread
 ) -> Tensor:
     """float64 [B, M, S] in [0, 1): uniform for each unit and view, equal within a unit."""
-    unit_B1S = (
-        unit_of(samples)[:, None] if is_time_per_block else torch.zeros_like(scope.is_maskable_BS).long()[:, None]
-    )
+    unit_BS = unit_of(samples) if is_time_per_block else torch.zeros_like(samples.canvas.block_BS)
     sample_id_B11 = samples.sample_id_B[:, None, None]
-    view_1M1 = torch.arange(num_views, device=unit_B1S.device)[None, :, None]
-    if is_stratified:
-        return (key.fold("time").uniform(sample_id_B11, unit_B1S) + view_1M1.double() / num_views) % 1.0
-    return key.fold("time").uniform(sample_id_B11, unit_B1S, view_1M1)
+    view_1M1 = torch.arange(num_views, device=unit_BS.device)[None, :, None]
+    if spread == "none":
+        return key.fold("time").uniform(sample_id_B11, unit_BS[:, None], view_1M1)
+    share_B1S = key.fold("time").uniform(sample_id_B11, unit_BS[:, None])
+    if spread == "blocks":
+        place_BS, num_B1 = _random_places(samples, key.fold("place"), unit_BS, scope.is_maskable_BS)
+        share_B1S = stratum(share_B1S, place_BS[:, None], num_B1[:, None])
+    return (share_B1S + view_1M1.double() / num_views) % 1.0
+
+
+def _random_places(samples: Samples, key: Key, unit_BS: Tensor, is_maskable_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """int64 [B, S] and [B, 1]: each unit's place in a random order of the sample's maskable units, and their number."""
+    unit_U = torch.arange(int(unit_BS.max()) + 1, device=unit_BS.device)
+    is_used_BU = torch.zeros((len(unit_BS), len(unit_U)), dtype=torch.int64, device=unit_BS.device)
+    is_used_BU = is_used_BU.scatter_add(1, unit_BS, is_maskable_BS.long()) > 0
+    label_BU = torch.where(is_used_BU, key.uniform(samples.sample_id_B[:, None], unit_U[None]), torch.inf)
+    place_BU = label_BU.argsort(dim=-1, stable=True).argsort(dim=-1, stable=True)
+    return place_BU.gather(1, unit_BS), is_used_BU.sum(-1, keepdim=True).clamp(min=1)
 
 
 def position_uniform(samples: Samples, key: Key, num_views: int) -> Tensor:

@@ -3,6 +3,7 @@
     plan            masked                                                 weight of a scored log-prob
     left_to_right   the position and everything after it in its unit       1
     sample_views    (a subset of another plan's views)                     that plan's, divided by the inclusion rate
+    random_step     the tokens of a random step of its unit and later ones  number of steps
     quadrature      each token with the probability of a Gauss node        w_n / t_n
     block_random    a random part of one block, and all later blocks       1
 
@@ -55,6 +56,28 @@ def sample_views(views: Views, samples: Samples, key: Key, *, num: int) -> Views
     is_kept_R[(start_B[:, None] + point_BN)[is_used_BN]] = True
     weight_RS = (views.weight_RS.double() * scale_B[views.sample_R, None]).float()
     return dataclasses.replace(views, weight_RS=weight_RS).rows(is_kept_R)
+
+
+def random_step(samples: Samples, key: Key, *, num_views: int, tokens_per_step: int) -> Views:
+    """`num_views` views per sample: each unit at a random step of a random-order trajectory.
+
+    A unit of n scored tokens is committed in a random order, `tokens_per_step` at a time, the last step taking what is
+    left. A view masks one step's tokens and all later ones and scores that step's, with weight steps / num_views: its
+    sum estimates the trajectory's log-likelihood without bias. With one token per step that is the ELBO.
+    """
+    scope = corrupt.scored_scope(samples)
+    unit_BS = corrupt.unit_of(samples)
+    rank_BMS = corrupt.random_ranks(samples, key.fold("mask"), scope.is_maskable_BS, unit_BS, num_views)
+    size_BS, _ = corrupt.unit_sizes(unit_BS, scope.is_maskable_BS)
+    num_steps_B1S = ((size_BS + tokens_per_step - 1) // tokens_per_step).clamp(min=1)[:, None]
+    view_1M1 = torch.arange(num_views, device=unit_BS.device)[None, :, None]
+    sample_id_B11 = samples.sample_id_B[:, None, None]
+    step_BMS = key.fold("step").integers(0, num_steps_B1S, sample_id_B11, view_1M1, unit_BS[:, None])
+    is_maskable_B1S = scope.is_maskable_BS[:, None]
+    is_masked_BMS = (rank_BMS // tokens_per_step >= step_BMS) & is_maskable_B1S
+    is_target_BMS = is_masked_BMS & (rank_BMS // tokens_per_step == step_BMS)
+    weight_BMS = (num_steps_B1S.double() / num_views).expand_as(rank_BMS)
+    return corrupt.assemble(samples, is_masked_BMS, is_target_BMS, weight_BMS)
 
 
 def gauss_legendre(num_nodes: int) -> tuple[Tensor, Tensor]:

@@ -56,8 +56,8 @@ def evaluate_task(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Solve the first `num` problems of a split once each.
 
-    Returns a summary (counts, solve rate with its 95 % Wilson interval, mean reward and its parts, NFE, tokens per
-    forward, EOS and truncation rates, decode settings) and a record per problem (the first `num_records`).
+    Returns a summary (counts, empty answers, solve rate with its 95 % Wilson interval, mean reward and its parts, NFE,
+    tokens per forward, EOS and truncation rates, decode settings) and a record per problem (the first `num_records`).
     Solve rate and reward are kept apart: partial credit never counts as solved.
     """
     prompts = [task.prompt(split, index) for index in range(min(num, task.size(split)))]
@@ -75,6 +75,7 @@ def evaluate_task(
         "solve_rate": num_solved / len(scored),
         "low": low,
         "high": high,
+        "num_empty": sum(not item.text.strip() for item in scored),
         "reward_mean": sum(item.reward.value for item in scored) / len(scored),
         **{f"reward/{part}": sum(i.reward.parts.get(part, 0.0) for i in scored) / len(scored) for part in parts},
         **rollout_stats(trace),

@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import Field
 
 from dare.core.engine import Engine
+from dare.core.errors import DareError
 from dare.core.options import Options
 from dare.core.recipe import Recipe
 
@@ -52,6 +53,13 @@ class Verl:
 
     def create(self, recipe: Recipe, tokenizer: Any, *, needs_reference: bool, critic_lr: float | None) -> Engine:
         """As `Local.create`. Raises DareError if verl is missing or the cluster has too few processes."""
+        if recipe.lora is not None:
+            raise DareError(
+                "the verl executor trains whole models, not adapters yet",
+                where="executor",
+                got="a recipe with lora",
+                fix="use executor: local, or remove lora",
+            )
         from dare.executors.verl.driver import VerlEngine
 
         return VerlEngine.create(recipe, tokenizer, self.options, needs_reference=needs_reference, critic_lr=critic_lr)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,12 @@ from dare.core.recipe import Recipe
 from dare.core.rng import Key
 from dare.core.spec import FamilySpec
 from dare.core.types import AuxLoss, Canvas, Samples, TraceBatch, Views
-from dare.families.base import Family, Network
+from dare.data.packing import packs
+from dare.families.base import Family
 from dare.families.build import build_family
 from dare.families.critic import Critic
 from dare.families.layers.moe import ExpertLoad
+from dare.families.network import Network
 from dare.families.weights import load_weights, save_family
 from dare.rollout.engine import denoise
 from dare.rollout.tree import grow_trees
@@ -33,8 +37,9 @@ _FIRST = torch.tensor([0])
 
 
 class LocalEngine:
-    """One family, its optimizer and, if asked for, a frozen copy as the reference policy and a critic of its own.
+    """One family, its optimizer and, if asked for, a reference policy and a critic of its own.
 
+    The reference is a frozen copy; of a family with an adapter it is the family itself with the adapter off.
     The rollout side reads the trained weights themselves, so `publish` only counts versions.
     """
 
@@ -51,8 +56,10 @@ class LocalEngine:
         """`prepare` is called with every network before the optimizers take its parameters."""
         self.family = family
         self.micro_batch_views = recipe.train.micro_batch_views
+        self.pack_length = recipe.train.pack_length
         self.gradient_factor = 1.0
-        self.reference = copy.deepcopy(family) if needs_reference else None
+        self.needs_reference = needs_reference
+        self.reference = copy.deepcopy(family) if needs_reference and family.adapter is None else None
         self.critic = Critic(family) if critic_lr is not None else None
         if prepare is not None:
             for network in self.networks():
@@ -71,7 +78,7 @@ class LocalEngine:
         cls, recipe: Recipe, tokenizer: Any, *, needs_reference: bool, critic_lr: float | None = None
     ) -> LocalEngine:
         """The engine of a recipe: its checkpoint loaded, or its new model with keyed initial weights."""
-        family = build_family(recipe.model, tokenizer, Key(recipe.seed))
+        family = build_family(recipe.model, tokenizer, Key(recipe.seed), recipe.lora)
         num_updates = recipe.train.steps * recipe.train.updates_per_rollout
         return cls(recipe, family, num_updates=num_updates, needs_reference=needs_reference, critic_lr=critic_lr)
 
@@ -79,6 +86,11 @@ class LocalEngine:
         """The networks of the policy, the reference and the critic, as far as there are any."""
         families = [self.family, self.reference, self.critic.family if self.critic is not None else None]
         return [family.network for family in families if family is not None]
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether views are laid end to end instead of padded."""
+        return self.pack_length is not None
 
     @property
     def spec(self) -> FamilySpec:
@@ -122,8 +134,13 @@ class LocalEngine:
         )
 
     def score(self, views: Views, samples: Samples, *, is_reference: bool = False, role: Role = "policy") -> Tensor:
-        parts = self._micro_batches(torch.arange(views.num_views))
+        parts = self._micro_batches(torch.arange(views.num_views), views, samples)
         return self.score_parts(views, samples.canvas, parts, is_reference=is_reference, role=role)
+
+    def predict(self, views: Views, samples: Samples) -> Tensor:
+        return self.predict_parts(
+            views, samples.canvas, self._micro_batches(torch.arange(views.num_views), views, samples)
+        )
 
     def accumulate(
         self,
@@ -134,7 +151,7 @@ class LocalEngine:
         auxiliary: AuxLoss | None = None,
         role: Role = "policy",
     ) -> Tensor:
-        parts = self._micro_batches(replayed_rows(grad_RS, auxiliary))
+        parts = self._micro_batches(replayed_rows(grad_RS, auxiliary), views, samples)
         return self.replay_parts(views, samples.canvas, grad_RS, parts, auxiliary=auxiliary, role=role)
 
     def score_parts(
@@ -145,17 +162,26 @@ class LocalEngine:
         An empty part is a forward of the first view that counts for nothing: processes that hold shards of one
         network have to forward equally often.
         """
-        if is_reference and self.reference is None:
-            raise ValueError("this engine was built without a reference policy")
-        family = self.reference if is_reference and self.reference is not None else self.family
-        score = family.view_logp if role == "policy" else self._critic().view_value
         score_RS = torch.zeros(views.noisy_RS.shape)
-        with torch.no_grad():
+        with torch.no_grad(), self._policy(is_reference) as family:
+            logp = partial(family.view_logp, is_packed=self.is_packed)
+            score = logp if role == "policy" else self._critic().view_value
             for part in parts:
                 found = score(*_rows(views, canvas, part if len(part) else _FIRST)).cpu()
                 if len(part):
                     score_RS[part] = found
         return score_RS
+
+    def predict_parts(self, views: Views, canvas: Canvas, parts: list[Tensor]) -> Tensor:
+        """`predict` of the views that `parts` name, as `score_parts`."""
+        token_RS = torch.zeros(views.noisy_RS.shape, dtype=torch.int64)
+        with torch.no_grad():
+            for part in parts:
+                chosen, rows = _rows(views, canvas, part if len(part) else _FIRST)
+                hidden_RTD = self.family.view_hidden(chosen, rows, is_packed=self.is_packed)
+                if len(part):
+                    token_RS[part] = self.family.target_argmax(hidden_RTD, chosen).cpu()
+        return token_RS
 
     def replay_parts(
         self,
@@ -176,7 +202,8 @@ class LocalEngine:
             if role == "critic":
                 score = self._critic().view_value(chosen, rows)
             else:
-                hidden_RTD = self.family.view_hidden(chosen, rows, self.load_of_step if len(part) else None)
+                load = self.load_of_step if len(part) else None
+                hidden_RTD = self.family.view_hidden(chosen, rows, load, is_packed=self.is_packed)
                 score = self.family.target_logp(hidden_RTD, chosen)
                 if auxiliary is not None and len(part):
                     terms = self._aux_terms(hidden_RTD, chosen, auxiliary, part)
@@ -215,6 +242,23 @@ class LocalEngine:
     def close(self) -> None:
         """Nothing is held open."""
 
+    @contextmanager
+    def _policy(self, is_reference: bool) -> Iterator[Family]:
+        """The family whose log-probs are asked for; the reference of one with an adapter is that family without it."""
+        if not is_reference:
+            yield self.family
+            return
+        if not self.needs_reference:
+            raise ValueError("this engine was built without a reference policy")
+        if self.reference is not None:
+            yield self.reference
+            return
+        adapter = self.family.adapter
+        if adapter is None:
+            raise ValueError("the adapter that the reference is read without has been merged")
+        with adapter.off():
+            yield self.family
+
     def _critic(self) -> Critic:
         if self.critic is None:
             raise ValueError("this engine was built without a critic")
@@ -233,8 +277,14 @@ class LocalEngine:
         auxiliary.value_A[entry_A] = value_A.detach().cpu()
         return [value_A.sum()]
 
-    def _micro_batches(self, rows: Tensor) -> list[Tensor]:
-        return list(torch.split(rows, self.micro_batch_views)) if len(rows) else []
+    def _micro_batches(self, rows: Tensor, views: Views, samples: Samples) -> list[Tensor]:
+        """The views `rows` in parts of one forward each: so many views, or packs of so many tokens."""
+        if not len(rows):
+            return []
+        if self.pack_length is None:
+            return list(torch.split(rows, self.micro_batch_views))
+        lengths = samples.canvas.is_real_BS.sum(-1)[views.sample_R[rows]]
+        return [rows[torch.tensor(pack)] for pack in packs(lengths.tolist(), self.pack_length)]
 
 
 def read_tensors(directory: Path, name: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:

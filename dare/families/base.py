@@ -6,13 +6,13 @@ D width.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from dare.core.errors import DareError
@@ -20,68 +20,15 @@ from dare.core.spec import FamilySpec
 from dare.core.types import AuxLoss, Canvas, Views
 from dare.diffusion import blocks
 from dare.families.config import Config, ModelSizes
-from dare.families.layers.attention import Cache, KVCache, Read, SharedContext, Visible
+from dare.families.layers.attention import Cache, KVCache, Packed, Read, SharedContext, Visible
 from dare.families.layers.head import chunk_rows, linear_logp
 from dare.families.layers.moe import ExpertLoad
 from dare.families.layers.packing import Multiply, pack, packed_linears
+from dare.families.network import Network
 from dare.families.streams import pack_streams
 
-
-class Network(nn.Module, ABC):
-    """The native transformer of a family; its state dict has the names and shapes of the official checkpoint."""
-
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    logit_scale: float
-
-    @abstractmethod
-    def forward(
-        self,
-        ids_BT: Tensor,
-        position_BT: Tensor,
-        visible: Visible,
-        cache: Cache | None = None,
-        read: Read | None = None,
-    ) -> Tensor:
-        """Hidden states [B, T, D] after the final norm; with `read` those it names, [1, N, D].
-
-        position_BT  rotary position of each token
-        visible      bool, broadcastable to [B, 1, T, K]; None = everything is visible. K = T without a cache or with a
-                     fresh one, else the slots that are read. Or the masks of several noisy streams, for `attend`
-        cache        keys and values of this call are written at slot = position before attention reads them;
-                     a slot that is overwritten later simply holds the later value
-        read         spares the last layer all other work; layers ask their `AttentionCall`
-        """
-
-    @property
-    @abstractmethod
-    def layers(self) -> nn.ModuleList:
-        """The layers in order: the units in which weights are sharded over processes."""
-
-    @property
-    @abstractmethod
-    def head_weight(self) -> Tensor:
-        """[V, D]; raw logits are `hidden @ head_weight.T * logit_scale`."""
-
-    @abstractmethod
-    def is_residual_output(self, name: str) -> bool:
-        """Whether the parameter `name` writes into the residual stream; a new model starts with smaller ones."""
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Network:
-        """A change of dtype reaches parameters only: a rounded routing bias would choose other experts."""
-        buffers = [
-            (module, name, buffer)
-            for module in self.modules()
-            for name, buffer in module._buffers.items()
-            if buffer is not None
-        ]
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for module, name, buffer in buffers:
-            converted = module._buffers[name]
-            if converted is not None and converted.dtype != buffer.dtype:
-                module._buffers[name] = buffer.to(converted.device)
-        return self
+if TYPE_CHECKING:
+    from dare.families.lora import Adapter
 
 
 @dataclass(frozen=True)
@@ -139,6 +86,7 @@ class Family:
         self.generation_config = generation_config
         self.buffer_dtypes = dict(buffer_dtypes or {})
         self._head: Multiply | None = None
+        self.adapter: Adapter | None = None  # see `dare.families.lora`
 
     @property
     def dtype(self) -> torch.dtype:
@@ -225,20 +173,25 @@ class Family:
         hidden_BSD = self.hidden(input_BS, position_BS, visible)
         return self.row_logits(self._aligned(hidden_BSD, is_real_BS).flatten(0, 1)).view(*input_BS.shape, -1)
 
-    def view_logp(self, views: Views, canvas: Canvas, load: ExpertLoad | None = None) -> Tensor:
+    def view_logp(
+        self, views: Views, canvas: Canvas, load: ExpertLoad | None = None, *, is_packed: bool = False
+    ) -> Tensor:
         """float32 [R, S] on the family's device, differentiable: log-prob of each target, nats; 0 elsewhere.
 
         canvas  R rows: row r lays out view r
         load    counts the experts of the real noisy tokens; a family without experts leaves it empty
+        is_packed  lay the rows end to end, each a document that sees itself only, and compute no padding
 
         Full attention: one forward of the noisy canvas. Block-causal: one forward of [noisy | context], which
         scores every block given the context's blocks before it (BD3-LM, Arriola et al. 2025, section 3.2); views of
         one sample share the context's stream where that saves tokens (`streams.py`).
         Logits exist only at targets, one chunk at a time.
         """
-        return self.target_logp(self.view_hidden(views, canvas, load), views)
+        return self.target_logp(self.view_hidden(views, canvas, load, is_packed=is_packed), views)
 
-    def view_hidden(self, views: Views, canvas: Canvas, load: ExpertLoad | None = None) -> Tensor:
+    def view_hidden(
+        self, views: Views, canvas: Canvas, load: ExpertLoad | None = None, *, is_packed: bool = False
+    ) -> Tensor:
         """[R, T, D], T <= S: the final hidden states that score the token of each position of the noisy stream.
 
         Columns that are padding in every row are left out: they cost time and change nothing.
@@ -254,9 +207,11 @@ class Family:
         if canvas.is_blockwise:
             context_RS = views.context_RS[:, :length].to(self.device)
             block_RS = canvas.block_BS[:, :length].to(self.device)
-            hidden_RSD = self._noisy_hidden(views, noisy_RS, context_RS, position_RS, block_RS, is_real_RS, load)
+            streams = (noisy_RS, context_RS, position_RS, block_RS, is_real_RS)
+            hidden_RSD = self._noisy_hidden(views, *streams, load, is_packed)
         else:
-            hidden_RSD = self._counted_hidden(noisy_RS, position_RS, blocks.full_mask(is_real_RS), is_real_RS, load)
+            real_RS, visible = is_real_RS if is_packed else None, blocks.full_mask(is_real_RS)
+            hidden_RSD = self._counted_hidden(noisy_RS, position_RS, visible, is_real_RS, load, real_RS)
         return self._aligned(hidden_RSD, is_real_RS)
 
     def target_logp(self, hidden_RTD: Tensor, views: Views) -> Tensor:
@@ -268,6 +223,14 @@ class Family:
         logp_N = linear_logp(hidden_RTD[is_target_RT], self.network.head_weight, target_N, scale)
         logp_RS = torch.zeros(views.noisy_RS.shape, dtype=torch.float32, device=self.device)
         return logp_RS.index_put(is_target_RT.nonzero(as_tuple=True), logp_N)
+
+    def target_argmax(self, hidden_RTD: Tensor, views: Views) -> Tensor:
+        """int64 [R, S]: the most likely token at each target from the result of `view_hidden`; 0 elsewhere."""
+        is_target_RT = views.is_target_RS[:, : hidden_RTD.shape[1]].to(self.device)
+        chunks = torch.split(hidden_RTD[is_target_RT], chunk_rows(self.spec.vocab_size))
+        token_N = torch.cat([self.row_logits(hidden_ND).argmax(-1) for hidden_ND in chunks])
+        token_RS = torch.zeros(views.noisy_RS.shape, dtype=torch.int64, device=self.device)
+        return token_RS.index_put(is_target_RT.nonzero(as_tuple=True), token_N)
 
     def aux_terms(self, hidden_RTD: Tensor, views: Views, aux: AuxLoss, entry_A: Tensor) -> Tensor:
         """float32 [A], differentiable: the terms of the entries `entry_A`, whose `view_A` are rows of these views.
@@ -295,6 +258,7 @@ class Family:
         block_RS: Tensor,
         is_real_RS: Tensor,
         load: ExpertLoad | None,
+        is_packed: bool = False,
     ) -> Tensor:
         """[R, S, D]: hidden states of each noisy stream, read beside its clean context."""
         pack = pack_streams(views.sample_R.to(self.device), context_RS)
@@ -302,21 +266,35 @@ class Family:
             ids_RT, position_RT = torch.cat([noisy_RS, context_RS], dim=1), position_RS.repeat(1, 2)
             visible = blocks.two_stream_mask(block_RS, is_real_RS)
             is_counted_RT = torch.cat([is_real_RS, torch.zeros_like(is_real_RS)], dim=1)
-            both = self._counted_hidden(ids_RT, position_RT, visible, is_counted_RT, load)
+            real_RT = is_real_RS.repeat(1, 2) if is_packed else None
+            both = self._counted_hidden(ids_RT, position_RT, visible, is_counted_RT, load, real_RT)
             return both[:, : noisy_RS.shape[1]]
         first = pack.first_G
         shared = SharedContext(pack.num_streams, *blocks.shared_context_masks(block_RS[first], is_real_RS[first]))
         position_GT = position_RS[first].repeat(1, pack.num_streams + 1)
         ids_GT, is_counted_GT = pack.ids(noisy_RS, context_RS), pack.in_noisy_streams(is_real_RS)
-        return pack.views_of(self._counted_hidden(ids_GT, position_GT, shared, is_counted_GT, load))
+        real_GT = None
+        if is_packed:  # the clean stream and the noisy streams that are used
+            real_GT = torch.cat([is_real_RS[first], is_counted_GT[:, is_real_RS.shape[1] :]], dim=1)
+        return pack.views_of(self._counted_hidden(ids_GT, position_GT, shared, is_counted_GT, load, real_GT))
 
     def _counted_hidden(
-        self, ids_BT: Tensor, position_BT: Tensor, visible: Visible, is_counted_BT: Tensor, load: ExpertLoad | None
+        self,
+        ids_BT: Tensor,
+        position_BT: Tensor,
+        visible: Tensor | SharedContext | None,
+        is_counted_BT: Tensor,
+        load: ExpertLoad | None,
+        real_BT: Tensor | None,
     ) -> Tensor:
-        """`hidden`, the experts of the counted tokens added to `load` if there is one.
+        """`hidden`, packed to the positions `real_BT` if given; the experts of the counted tokens are added to `load`.
 
         Clean streams are not counted: how many there are depends on how views are packed.
         """
+        if real_BT is not None:
+            packed = Packed.of(real_BT, visible)
+            with nullcontext() if load is None else load.counting(self.network, packed.pack(is_counted_BT)):
+                return packed.unpack(self.hidden(packed.pack(ids_BT), packed.pack(position_BT), packed))
         with nullcontext() if load is None else load.counting(self.network, is_counted_BT):
             return self.hidden(ids_BT, position_BT, visible)
 
@@ -329,8 +307,8 @@ class Family:
         self, ids_BT: Tensor, position_BT: Tensor, visible: Visible, cache: Cache | None, read: Read
     ) -> Tensor:
         """[N, D]: the hidden states that `read` names, at the least cost."""
-        (hidden_ND,) = self.network(ids_BT, position_BT, visible, cache, read)
-        return hidden_ND
+        hidden_1ND: Tensor = self.network(ids_BT, position_BT, visible, cache, read)
+        return hidden_1ND[0]
 
     def row_logits(self, hidden_ND: Tensor) -> Tensor:
         """float32 [N, V]: the head applied to hidden states."""

@@ -7,34 +7,62 @@ from typing import Any
 import torch
 
 from dare.core.errors import DareError
+from dare.core.lora_recipe import LoraRecipe
 from dare.core.recipe import CreateRecipe, ModelRecipe
 from dare.core.rng import Key
 from dare.core.spec import FamilySpec
+from dare.families.adapter_files import is_adapter
 from dare.families.base import Family
-from dare.families.weights import create_family, load_family, outline_family, read_spec, resolve_checkpoint
+from dare.families.checkpoint import base_folder, checkpoint_spec, describe_base, load_checkpoint
+from dare.families.layers.quantized import require_bitsandbytes
+from dare.families.lora import add_adapter, merge_adapter
+from dare.families.weights import create_family, load_family, outline_family, resolve_checkpoint
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def build_family(recipe: ModelRecipe, tokenizer: Any, key: Key) -> Family:
-    """The policy a recipe starts from: loaded, or created for the tokenizer with keyed initial weights."""
+def build_family(recipe: ModelRecipe, tokenizer: Any, key: Key, lora: LoraRecipe | None = None) -> Family:
+    """The policy a recipe starts from: loaded, or created for the tokenizer with keyed initial weights.
+
+    With `lora`, a new adapter is on it and nothing else is trainable. Without, an adapter checkpoint is merged into
+    its base, so that all weights are trained. Raises DareError for `lora` on a checkpoint that is itself an adapter.
+    """
     dtype, device = _DTYPES[recipe.dtype], pick_device(recipe.device)
-    if recipe.path is not None:
-        return load_family(resolve_checkpoint(recipe.path), dtype, device)
-    return _create(recipe.create, tokenizer, key).to(dtype=dtype, device=device)
+    if recipe.path is None:
+        if lora is not None:
+            raise ValueError("an adapter of a new model would have no base to be loaded with")
+        return _create(recipe.create, tokenizer, key).to(dtype=dtype, device=device)
+    folder = resolve_checkpoint(recipe.path)
+    if lora is None:
+        family = load_checkpoint(folder, dtype, device, is_quantized=False)
+        if family.adapter is not None:
+            merge_adapter(family)
+        return family
+    if is_adapter(folder):
+        raise DareError(
+            "a new adapter needs a whole model under it",
+            where="model.path",
+            got=f"{recipe.path}, an adapter",
+            fix=f"merge it first, dare export {recipe.path} --to FOLDER, and train on FOLDER",
+        )
+    if lora.quantize_base is not None:
+        require_bitsandbytes(device)  # before a large model is loaded in vain
+    family = load_family(folder, dtype, device)
+    add_adapter(family, lora, key.fold("lora"), describe_base(recipe.path, folder))
+    return family
 
 
 def family_spec(recipe: ModelRecipe, tokenizer: Any) -> FamilySpec:
     """The spec of the family that `build_family` would return, without reading a checkpoint's weights."""
     if recipe.path is not None:
-        return read_spec(resolve_checkpoint(recipe.path))
+        return checkpoint_spec(resolve_checkpoint(recipe.path))
     return _create(recipe.create, tokenizer, Key(0)).spec
 
 
 def outline(recipe: ModelRecipe, tokenizer: Any) -> Family:
     """The family that `build_family` would return, without a checkpoint's weights: it lays canvases out."""
     if recipe.path is not None:
-        return outline_family(resolve_checkpoint(recipe.path))
+        return outline_family(base_folder(resolve_checkpoint(recipe.path)))
     return _create(recipe.create, tokenizer, Key(0))
 
 

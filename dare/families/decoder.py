@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dare.families.base import Network
 from dare.families.config import DenseShape
 from dare.families.layers.attention import AttentionCall, Cache, Read, Visible, rotary_attention
 from dare.families.layers.norm import RMSNorm
 from dare.families.layers.rope import rotation
+from dare.families.network import Network
 
 
 class StackedNetwork(Network):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,15 @@ class Shards:
             with _open(path) as file:
                 for name in file.keys():  # noqa: SIM118 - not a mapping
                     yield name, file.get_tensor(name)
+
+    def digest(self) -> str:
+        """SHA-256 of every tensor's name, format, shape and bytes; how they are shared out among files is no part."""
+        parts = {}
+        for name, tensor in self.tensors():
+            content = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}\n".encode())
+            content.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            parts[name] = content.hexdigest()
+        return hashlib.sha256("".join(f"{name} {parts[name]}\n" for name in sorted(parts)).encode()).hexdigest()
 
     def _read_header(self, path: Path) -> None:
         with _open(path) as file:

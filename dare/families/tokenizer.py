@@ -105,6 +105,23 @@ def encode_messages(
     return ids
 
 
+def generation_spans(
+    tokenizer: Any, messages: Iterable[Message], *, where: str | None = None
+) -> tuple[list[int], list[tuple[int, int]]] | None:
+    """Ids of a conversation and the (start, end) of what its template marks with `{% generation %}`.
+
+    None if the template marks nothing. Errors as in `encode_prompt`.
+    """
+    if "generation" not in str(tokenizer.chat_template or ""):
+        return None
+    plain = [dict(message) for message in messages]
+    ids = encode_messages(tokenizer, plain, is_open=False, where=where)
+    rendered = tokenizer.apply_chat_template(plain, return_dict=True, return_assistant_tokens_mask=True)
+    bordered = [False, *(bool(mark) for mark in rendered["assistant_masks"]), False]
+    edges = [place for place in range(len(bordered) - 1) if bordered[place] != bordered[place + 1]]
+    return (ids, list(zip(edges[::2], edges[1::2], strict=True))) if edges else None
+
+
 def turn_end(opened: list[int], closed: list[int], special_ids: Collection[int], *, is_always_open: bool) -> int:
     """Where the turn that `closed` adds to the open conversation `opened` ends: after its last special token.
 

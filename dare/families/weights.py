@@ -20,9 +20,11 @@ from dare.core.files import read_json, write_json
 from dare.core.registry import FAMILIES, resolve
 from dare.core.rng import Key
 from dare.core.spec import FamilySpec
-from dare.families.base import Family, FamilyType, Network
+from dare.families.adapter_files import load_adapter, write_adapter
+from dare.families.base import Family, FamilyType
 from dare.families.config import Config, ModelSizes
 from dare.families.hub import resolve_checkpoint as resolve_checkpoint
+from dare.families.network import Network
 from dare.families.shards import WEIGHTS_NAME, Shards
 
 _CONFIG_NAME = "config.json"
@@ -65,7 +67,13 @@ def outline_family(path: str | Path) -> Family:
 
 
 def load_weights(family: Family, folder: Path) -> None:
-    """Overwrite the weights of `family` in place; its dtype and device stay. Raises DareError like `load_family`."""
+    """Overwrite the weights of `family`, or of its adapter, in place; its dtype and device stay.
+
+    Raises DareError like `load_family`.
+    """
+    if family.adapter is not None:
+        load_adapter(family.adapter, folder)
+        return
     shards = Shards(folder)
     _check_names(family.network, shards)
     _fill(family.network, shards)
@@ -86,10 +94,14 @@ def filled_family(family: Family, tensors: Mapping[str, Tensor]) -> Family:
 def save_family(family: Family, directory: Path, dtype: torch.dtype | None = None) -> None:
     """Write config.json, generation_config.json (if there is one) and model.safetensors into `directory`.
 
+    A family with an adapter is saved as its adapter alone, in the format of `peft` and the dtype it has.
     Names are the official ones, a tied head is not stored, fields of the config that were not touched are kept.
     Buffers are stored as the checkpoint had them, or in float32. The bytes depend on nothing but the weights, the
     config and `dtype` (None: the family's). Raises DareError if the weights cannot be written.
     """
+    if family.adapter is not None:
+        write_adapter(family.adapter, directory)
+        return
     stored = dtype or family.dtype
     buffers = dict(family.network.named_buffers())
     tensors = {

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from dare.core.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+ClipPreset = Literal["clip_higher", "gspo"]
+
+# How far a ratio may fall below 1 and rise above it.
+CLIP_PRESETS: dict[str, tuple[float, float]] = {
+    "clip_higher": (0.2, 0.28),  # DAPO (Yu et al. 2025): room for rare tokens to rise
+    "gspo": (3e-4, 4e-4),  # GSPO (Zheng et al. 2025): ratios of whole sequences, per token
+}
 
 
 def clipped_surrogate(

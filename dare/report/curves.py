@@ -35,14 +35,15 @@ class Chart:
 # (title, unit, training metrics with their labels, evaluation metric)
 _CHARTS: tuple[tuple[str, Unit, tuple[tuple[str, str], ...], str | None], ...] = (
     ("Solve rate", "percent", (("solve_rate", "rollouts"),), "solve_rate"),
-    ("Reward", "number", (("reward", "rollouts"),), "reward_mean"),
+    ("Reward", "number", (("reward", "rollouts"), ("trained_reward", "trained reward")), "reward_mean"),
     ("Loss", "number", (("loss", "loss"),), None),
-    ("KL to the reference", "number", (("kl", "KL"),), None),
+    ("KL", "number", (("kl", "KL"),), None),
     ("Policy ratio", "number", (("ratio", "ratio"),), None),
     ("Gradient norm", "number", (("grad_norm", "gradient norm"),), None),
     ("Completion length, tokens", "number", (("completion_length", "rollouts"),), "completion_length"),
     ("EOS and truncation", "percent", (("eos_rate", "ends with EOS"), ("truncation_rate", "truncated")), None),
     ("Groups with equal rewards", "percent", (("zero_variance_groups", "share of groups"),), None),
+    ("Groups that are trained on", "percent", (("kept_groups", "share of groups"),), None),
     ("Tokens per forward", "number", (("tokens_per_forward", "rollouts"),), "tokens_per_forward"),
 )
 

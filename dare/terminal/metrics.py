@@ -15,6 +15,7 @@ class Shown(NamedTuple):
 
 SHOWN: dict[str, Shown] = {
     "reward": Shown("reward"),
+    "trained_reward": Shown("trained reward"),
     "solve_rate": Shown("solved", percent),
     "loss": Shown("loss"),
     "kl": Shown("KL"),
@@ -23,6 +24,7 @@ SHOWN: dict[str, Shown] = {
     "grad_norm": Shown("grad norm"),
     "lr": Shown("lr"),
     "zero_variance_groups": Shown("equal groups", percent),
+    "kept_groups": Shown("kept groups", percent),
     "completion_length": Shown("length"),
     "eos_rate": Shown("EOS", percent),
     "truncation_rate": Shown("truncated", percent),

@@ -207,6 +207,24 @@ def evaluation_line(step: int | None, result: Mapping[str, Any]) -> str:
     return f"{where}: {result['task']} ({result['split']})  {solved}  " + "  ".join(numbers)
 
 
+def benchmark_line(task: str, manifest: Mapping[str, Any] | None) -> str:
+    """One benchmark in one line: every metric with its interval, cost and what went wrong; None: shards are missing."""
+    if manifest is None:
+        return f"{task}: this shard is done; the result appears when all shards are"
+    scores = [
+        f"{name} {percent(score['mean'])} [{percent(score['low'])}, {percent(score['high'])}]"
+        for name, score in manifest["scores"].items()
+    ]
+    cost, counts = manifest["cost"], manifest["counts"]
+    extra = [f"{number(cost['tokens_per_forward'])} tokens/forward", f"{number(cost['nfe'])} NFE"] if cost else []
+    extra += [f"{counts[name]} {name}" for name in ("truncated", "empty", "problems") if counts.get(name)]
+    missing = next(iter(counts.get("not_extracted", {}).values()), 0)
+    extra += [f"{missing} without an answer"] if missing else []
+    published = manifest["facts"].get("published")
+    extra += [f"published {published}"] if published is not None else []
+    return "  ".join([f"{task}:", *scores, *extra])
+
+
 def _metric_grid(pairs: list[tuple[str, str]], width: int) -> Table:
     """As many pairs side by side as fit."""
     num_columns = max(1, width // (max(len(label) for label, _ in pairs) + _VALUE_WIDTH + 4))

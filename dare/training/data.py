@@ -1,84 +1,30 @@
-"""Offline rows: read and checked, encoded with an explicit EOS policy and loss mask, visited in a keyed order."""
+"""Rows to token ids: an explicit EOS policy, exact loss masks of conversations, lengths that fit."""
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
-from dare.core.data_recipe import DataRecipe, LossTurns, RowFormat
+from dare.core.data_recipe import DataRecipe, EosPolicy
 from dare.core.decode import Decode
-from dare.core.errors import DareError, unknown_name
-from dare.core.rng import Key
+from dare.core.errors import DareError
 from dare.core.spec import FamilySpec
 from dare.core.text import Message
+from dare.data.formats import NO_LOSS
+from dare.data.read import Tally
+from dare.data.rows import AnyRow, EncodedRow, Messages, PairRow, PreferencePair, Row, TextRow, TokenRow
 from dare.families.tokenizer import decode as decode_text
-from dare.families.tokenizer import encode_messages, encode_text, turn_end
+from dare.families.tokenizer import encode_messages, encode_text, generation_spans, turn_end
 from dare.tasks.base import Task
 
-_ROLES = ("system", "developer", "user", "assistant", "tool")
-_JSON_ROW = "one JSON object a line"
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-
-Messages = tuple[Message, ...]
-Record = tuple[str, dict[str, Any]]  # where it is, and its columns
+RowT = TypeVar("RowT")
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One example as text. Both parts are plain text, or both are messages.
+class _Side(NamedTuple):
+    """A completion and which of its tokens carry loss."""
 
-    completion  None for prompt-only rows; of messages, every assistant turn in it carries loss
-    where       file and line (or row), for errors
-    """
-
-    uid: str
-    where: str
-    prompt: str | Messages
-    completion: str | Messages | None
-
-    def all_text(self) -> str:
-        """Every character of the row."""
-        parts = (self.prompt, self.completion or "")
-        return "".join(
-            part if isinstance(part, str) else "".join(message["content"] for message in part) for part in parts
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedRow:
-    """One example as token ids; `is_scored` says which completion tokens carry loss."""
-
-    uid: str
-    prompt_ids: list[int]
-    completion_ids: list[int]
+    ids: list[int]
     is_scored: list[bool]
-
-
-# 1. Reading
-
-
-def load_rows(data: DataRecipe) -> list[Row]:
-    """The rows of `data.path`: JSON lines, Parquet, a folder saved by `datasets`, or a data set it can load.
-
-    The format follows from the columns unless `data.format` names it; other columns are ignored.
-    Raises DareError with file and line (or row) for the first malformed row; for a missing or empty file.
-    """
-    if data.path is None:
-        raise DareError("there are no rows to load", where="data.path", got="none")
-    records = list(_read(data.path, data.split))
-    if not records:
-        raise DareError("the data is empty", where=data.path)
-    row_format = data.format or _detect_format(records, data.path)
-    name = Path(data.path).name
-    return [
-        _make_row(f"{name}/{index}", where, record, row_format, data.loss_turns)
-        for index, (where, record) in enumerate(records)
-    ]
 
 
 def task_rows(task: Task[Any]) -> list[Row]:
@@ -91,282 +37,339 @@ def task_rows(task: Task[Any]) -> list[Row]:
         if prompt.text is not None:
             rows.append(Row(prompt.uid, prompt.uid, prompt.text, prompt.answer))
         else:
-            rows.append(Row(prompt.uid, prompt.uid, prompt.messages or (), (_assistant(prompt.answer),)))
+            answer = ({"role": "assistant", "content": prompt.answer},)
+            rows.append(Row(prompt.uid, prompt.uid, prompt.messages or (), answer))
     return rows
 
 
-def _read(path: str, split: str) -> Iterator[Record]:
-    local = Path(path)
-    if local.is_file():
-        if local.suffix in (".jsonl", ".ndjson", ".json"):
-            return _read_lines(local)
-        if local.suffix == ".parquet":
-            return _read_parquet(local)
-        raise DareError("unknown kind of data file", where=path, expected="*.jsonl or *.parquet")
-    if local.is_dir() or _HUB_ID.fullmatch(path):
-        return _read_datasets(local, split)
-    raise DareError("data file not found", where=path, fix="check data.path; it is relative to where dare runs")
-
-
-def _read_lines(path: Path) -> Iterator[Record]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            where = f"{path}, line {number}"
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise DareError(
-                    "not valid JSON", where=where, got=str(error), expected="one JSON object a line"
-                ) from None
-            if not isinstance(record, dict):
-                raise DareError("not a row", where=where, got=type(record).__name__, expected="one JSON object a line")
-            yield where, record
-
-
-def _read_parquet(path: Path) -> Iterator[Record]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DareError("the Parquet file cannot be read", where=str(path), got=str(error)) from None
-    yield from _numbered(path, table.to_pylist())
-
-
-def _read_datasets(path: Path, split: str) -> Iterator[Record]:
-    import datasets
-
-    is_saved = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
-    try:
-        loaded = datasets.load_from_disk(str(path)) if is_saved else datasets.load_dataset(str(path))
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DareError(
-            "the data set cannot be loaded",
-            where=str(path),
-            got=f"{type(error).__name__}: {error}",
-            expected="a file, a folder saved by `datasets`, or a data set that it can load",
-        ) from error
-    if isinstance(loaded, dict):
-        if split not in loaded:
-            raise unknown_name("split", split, loaded, where=f"data.split of {path}")
-        loaded = loaded[split]
-    yield from _numbered(path, loaded)
-
-
-def _numbered(path: Path, records: Any) -> Iterator[Record]:
-    for number, record in enumerate(records, start=1):
-        yield f"{path}, row {number}", record
-
-
-# 2. Checking
-
-
-def _detect_format(records: list[Record], path: str) -> RowFormat:
-    """By the columns that occur anywhere, so that one row without a completion is an error and not a format."""
-    columns = {column for _, record in records for column, value in record.items() if value is not None}
-    if "messages" in columns:
-        return "messages"
-    if "prompt" in columns:
-        return "prompt_completion" if "completion" in columns else "prompt_only"
-    raise DareError(
-        "no known columns",
-        where=path,
-        got=", ".join(sorted(columns)),
-        expected="messages, or prompt and completion, or prompt",
-        fix="rename the columns",
-    )
-
-
-def _make_row(uid: str, where: str, record: dict[str, Any], row_format: RowFormat, loss_turns: LossTurns) -> Row:
-    if row_format == "messages":
-        prompt, completion = _split_conversation(_messages(record, "messages", where), loss_turns, where)
-        return Row(uid, where, prompt, completion)
-    if row_format == "prompt_only":
-        return Row(uid, where, _text_or_messages(record, "prompt", where), None)
-    return _make_pair(uid, where, record)
-
-
-def _split_conversation(messages: Messages, loss_turns: LossTurns, where: str) -> tuple[Messages, Messages]:
-    """What is given, and what is learnt: from the first assistant turn with loss to the end."""
-    roles = [message["role"] for message in messages]
-    if roles[-1] != "assistant":
-        raise DareError("the last message must be the assistant's", where=where, got=roles[-1])
-    start = roles.index("assistant") if loss_turns == "all" else len(messages) - 1
-    if start == 0:
-        raise DareError("the conversation begins with the assistant", where=where, expected="a user message first")
-    return messages[:start], messages[start:]
-
-
-def _make_pair(uid: str, where: str, record: dict[str, Any]) -> Row:
-    prompt = _text_or_messages(record, "prompt", where)
-    completion = _text_or_messages(record, "completion", where)
-    if completion == "":
-        raise DareError("the completion is empty", where=where, fix="remove the row or give it a completion")
-    if isinstance(prompt, str):
-        if not isinstance(completion, str):
-            raise DareError("the prompt is text, the completion messages", where=where, expected="two of a kind")
-        return Row(uid, where, prompt, completion)
-    turns = (_assistant(completion),) if isinstance(completion, str) else completion
-    if turns[-1]["role"] != "assistant":
-        raise DareError("the completion must end with the assistant", where=where, got=turns[-1]["role"])
-    return Row(uid, where, prompt, turns)
-
-
-def _text_or_messages(record: dict[str, Any], column: str, where: str) -> str | Messages:
-    value = record.get(column)
-    return value if isinstance(value, str) else _messages(record, column, where)
-
-
-def _messages(record: dict[str, Any], column: str, where: str) -> Messages:
-    value = record.get(column)
-    expected = "text" if column != "messages" else ""
-    expected += (" or " if expected else "") + 'a list of {"role": ..., "content": "text"}'
-    if value is None:
-        raise DareError(f"the row has no {column}", where=where, got=", ".join(record), expected=expected)
-    if not isinstance(value, list) or not value:
-        raise DareError(f"{column} is malformed", where=where, got=repr(value)[:80], expected=expected)
-    messages = []
-    for message in value:
-        is_message = isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
-        if not is_message:
-            raise DareError(f"{column} has a malformed message", where=where, got=repr(message)[:80], expected=expected)
-        if message["role"] not in _ROLES:
-            raise unknown_name("role", message["role"], _ROLES, where=where)
-        if message["role"] == "assistant" and not message["content"]:
-            raise DareError(f"{column} has an empty assistant message", where=where, fix="remove the row or fill it")
-        messages.append({"role": message["role"], "content": message["content"]})
-    return tuple(messages)
-
-
-def _assistant(text: str) -> Message:
-    return {"role": "assistant", "content": text}
-
-
-# 3. Encoding
-
-
 class RowEncoder:
-    """Rows to token ids, for one tokenizer, data recipe and family."""
+    """Rows to token ids, for one tokenizer, data recipe and family; counts in `tally` what is left out or cut."""
 
-    def __init__(self, tokenizer: Any, data: DataRecipe, decode: Decode, spec: FamilySpec) -> None:
+    def __init__(
+        self, tokenizer: Any, data: DataRecipe, decode: Decode, spec: FamilySpec, tally: Tally | None = None
+    ) -> None:
         self.tokenizer = tokenizer
         self.spec = spec
-        self.eos = data.eos or ("block" if spec.attention == "block_causal" else "fill")
+        self.tally = Tally() if tally is None else tally
+        self.eos: EosPolicy = data.eos or ("block" if spec.attention == "block_causal" else "fill")
+        self.text_eos: EosPolicy = data.eos or ("block" if spec.attention == "block_causal" else "one")
         self.max_length = min(data.max_length or spec.max_length, spec.max_length)
         self.gen_length = data.gen_length or decode.gen_length
         self.block_length = decode.block_length or spec.block_length
         self.on_too_long = data.on_too_long
+        self.is_skipping = data.on_bad_row == "skip"
+        self.loss_roles = data.loss_roles
+        self._is_known_role: dict[str, bool] = {}
         self._special_ids = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
 
-    def encode(self, row: Row) -> EncodedRow | None:
-        """The row as ids; None if it is too long and such rows are dropped.
+    def encode(self, row: AnyRow) -> list[EncodedRow]:
+        """The row as ids: one, several of a long raw text, or none if it is left out.
 
-        Everything after a completion carries loss. Raises DareError naming the row if it is too long, has no
-        completion, or holds the mask token.
+        Everything that follows a completion carries loss. Raises DareError naming the row if it is too long, has no
+        completion, holds the mask token or an id that the model does not have, unless such rows are skipped.
         """
-        if row.completion is None:
-            raise DareError("the row has only a prompt", where=row.where, expected="a completion to train on")
-        if isinstance(row.prompt, str) and isinstance(row.completion, str):
-            prompt_ids, completion_ids = self._encode_text(row, row.prompt), self._encode_text(row, row.completion)
-            is_scored = [True] * len(completion_ids)
-        else:
-            prompt_ids, completion_ids, is_scored = self._encode_turns(row)
-        if not completion_ids:
-            raise DareError("the completion has no tokens", where=row.where)
-        if self.spec.mask_id in prompt_ids or self.spec.mask_id in completion_ids:
-            raise DareError("the row holds the mask token, which stands for what is unknown", where=row.where)
-        tail = self._eos_tail(len(prompt_ids), completion_ids)
-        completion_ids, is_scored = completion_ids + tail, is_scored + [True] * len(tail)
-        room = self._room(len(prompt_ids))
-        if len(completion_ids) > room:
-            if self.on_too_long == "drop":
-                return None
-            if self.on_too_long == "error" or room <= 0 or not any(is_scored[:room]):
-                raise self._too_long(row, len(prompt_ids), len(completion_ids))
-        return EncodedRow(row.uid, prompt_ids, completion_ids[:room], is_scored[:room])
+        try:
+            if isinstance(row, TextRow):
+                return self._pieces(row)
+            if isinstance(row, TokenRow):
+                return self._labelled(row)
+            if isinstance(row, PairRow):
+                fix = "choose an algorithm for preferences, or name the columns prompt and completion"
+                raise DareError("the row is a pair of completions", where=row.where, fix=fix)
+            if row.completion is None:
+                raise DareError("the row has only a prompt", where=row.where, expected="a completion to train on")
+            prompt_ids, side = self._encode_side(row.where, row.prompt, row.completion)
+            fitted = self._fit(row.where, prompt_ids, [self._with_eos(side, len(prompt_ids))])
+        except DareError as error:
+            self.skip(error)
+            return []
+        if fitted is None:
+            return []
+        prompt_ids, (side,) = fitted
+        return [EncodedRow(row.uid, prompt_ids, *side)]
 
-    def _eos_tail(self, num_prompt: int, completion_ids: list[int]) -> list[int]:
+    def encode_pair(self, row: AnyRow) -> PreferencePair | None:
+        """Both sides as ids, on the same prompt ids; None if the pair is left out. Errors as of `encode`."""
+        try:
+            if not isinstance(row, PairRow):
+                raise DareError("the row is no pair", where=row.where, expected="columns prompt, chosen and rejected")
+            prompt_ids, chosen = self._encode_side(row.where, row.prompt, row.chosen)
+            other_ids, rejected = self._encode_side(row.where, row.prompt, row.rejected)
+            if prompt_ids != other_ids:
+                raise DareError("the chat template renders the prompt of the two sides differently", where=row.where)
+            sides = [self._with_eos(side, len(prompt_ids)) for side in (chosen, rejected)]
+            fitted = self._fit(row.where, prompt_ids, sides)
+            if fitted is None:
+                return None
+            prompt_ids, sides = fitted
+            if sides[0] == sides[1]:
+                raise DareError("chosen and rejected are the same tokens", where=row.where, fix="remove the row")
+        except DareError as error:
+            self.skip(error)
+            return None
+        names = ("chosen", "rejected")
+        ends = [EncodedRow(f"{row.uid}/{name}", prompt_ids, *side) for name, side in zip(names, sides, strict=True)]
+        return PreferencePair(row.uid, *ends)
+
+    def skip(self, error: DareError) -> None:
+        """Count a row that cannot be encoded. Raises its error unless such rows are skipped."""
+        if not self.is_skipping:
+            raise error
+        self.tally.skip(error)
+
+    # Kinds of rows
+
+    def _encode_side(self, where: str, prompt: str | Messages, completion: str | Messages) -> tuple[list[int], _Side]:
+        if isinstance(prompt, str) and isinstance(completion, str):
+            prompt_ids, ids = self._encode_text(where, prompt), self._encode_text(where, completion)
+            side = _Side(ids, [True] * len(ids))
+        elif not isinstance(prompt, str) and not isinstance(completion, str):
+            prompt_ids, side = self._encode_turns(where, prompt, completion)
+        else:
+            raise TypeError("a prompt and its completion are both text or both messages")
+        if not side.ids:
+            raise DareError("the completion has no tokens", where=where)
+        self._check_ids(where, [*prompt_ids, *side.ids])
+        return prompt_ids, side
+
+    def _pieces(self, row: TextRow) -> list[EncodedRow]:
+        """Raw text and its EOS, cut into rows of at most `max_length` tokens, on a block grid into whole blocks."""
+        if self.text_eos == "fill":
+            raise DareError("eos: fill is for completions", where="data.eos", fix="set eos: one or none for raw text")
+        ids = self._encode_text(row.where, row.text)
+        self._check_ids(row.where, ids)
+        ids += self._eos_tail(0, ids, self.text_eos)
+        size = self.max_length
+        if self.spec.attention == "block_causal":
+            size -= size % self.block_length if size > self.block_length else 0
+        cuts = [ids[start : start + size] for start in range(0, len(ids), size)]
+        return [EncodedRow(f"{row.uid}/{i}", [], piece, [True] * len(piece)) for i, piece in enumerate(cuts)]
+
+    def _labelled(self, row: TokenRow) -> list[EncodedRow]:
+        """Ids as they come, without an EOS of our own; what follows the last token with loss is left out."""
+        self._check_ids(row.where, list(row.input_ids))
+        has_loss = [label != NO_LOSS for label in row.labels]
+        first, end = has_loss.index(True), len(has_loss) - has_loss[::-1].index(True)
+        side = _Side(list(row.input_ids[first:end]), has_loss[first:end])
+        fitted = self._fit(row.where, list(row.input_ids[:first]), [side])
+        if fitted is None:
+            return []
+        prompt_ids, (side,) = fitted
+        return [EncodedRow(row.uid, prompt_ids, *side)]
+
+    # EOS and length
+
+    def _with_eos(self, side: _Side, num_prompt: int) -> _Side:
+        tail = self._eos_tail(num_prompt, side.ids, self.eos)
+        return _Side(side.ids + tail, side.is_scored + [True] * len(tail))
+
+    def _eos_tail(self, num_prompt: int, completion_ids: list[int], policy: EosPolicy) -> list[int]:
         """The EOS tokens that the policy adds; a chat template may have written the first one."""
         eos = [self.spec.eos_ids[0]]
-        if self.eos == "none":
+        if policy == "none":
             return []
-        if self.eos == "fill":
+        if policy == "fill":
             return eos * (self.gen_length - len(completion_ids))
-        tail = [] if completion_ids[-1] in self.spec.eos_ids else eos
-        if self.eos == "one":
+        tail = [] if completion_ids[-1:] and completion_ids[-1] in self.spec.eos_ids else eos
+        if policy == "one":
             return tail
         end = len(completion_ids) + len(tail) + (num_prompt if self.spec.block_grid == "sequence" else 0)
         return tail + eos * (-end % self.block_length)
+
+    def _fit(self, where: str, prompt_ids: list[int], sides: list[_Side]) -> tuple[list[int], list[_Side]] | None:
+        """The prompt and its completions within the limits, as `on_too_long` says; None if they are dropped."""
+        longest = max(len(side.ids) for side in sides)
+        room = self._room(len(prompt_ids))
+        if longest <= room:
+            return prompt_ids, sides
+        error = self._too_long(where, len(prompt_ids), longest)
+        if self.on_too_long == "drop":
+            self.tally.num_dropped += 1
+            return None
+        if self.on_too_long == "left":
+            # By whole blocks, so that completions keep their places on a grid that begins with the sequence.
+            unit = self.block_length if self.spec.block_grid == "sequence" else 1
+            cut = -((room - longest) // unit) * unit
+            if cut > len(prompt_ids) or longest > self._room(len(prompt_ids) - cut):
+                raise error
+            prompt_ids = prompt_ids[cut:]
+        elif self.on_too_long == "right":
+            sides = [_Side(side.ids[:room], side.is_scored[:room]) for side in sides]
+            if room <= 0 or not all(any(side.is_scored) for side in sides):
+                raise error
+        else:
+            raise error
+        self.tally.num_truncated += 1
+        return prompt_ids, sides
 
     def _room(self, num_prompt: int) -> int:
         room = self.max_length - num_prompt
         return min(room, self.gen_length) if self.eos == "fill" else room
 
-    def _too_long(self, row: Row, num_prompt: int, num_completion: int) -> DareError:
+    def _too_long(self, where: str, num_prompt: int, num_completion: int) -> DareError:
         limit = f"max_length {self.max_length}"
         if self.eos == "fill":
             limit += f" and gen_length {self.gen_length} (eos: fill)"
         return DareError(
             "the row is too long",
-            where=row.where,
+            where=where,
             got=f"prompt {num_prompt} + completion {num_completion} tokens",
             expected=f"within {limit}",
-            fix="raise the limit, shorten the row, or set data.on_too_long to drop or truncate",
+            fix="raise the limit, shorten the row, or set data.on_too_long to drop, right or left",
         )
 
-    def _encode_text(self, row: Row, text: str) -> list[int]:
+    def _check_ids(self, where: str, ids: list[int]) -> None:
+        if self.spec.mask_id in ids:
+            raise DareError("the row holds the mask token, which stands for what is unknown", where=where)
+        wrong = next((token for token in ids if not 0 <= token < self.spec.vocab_size), None)
+        if wrong is not None:
+            raise DareError(
+                "the row holds a token id that the model does not have",
+                where=where,
+                got=wrong,
+                expected=f"0 <= id < {self.spec.vocab_size}",
+                fix="use the tokenizer that belongs to the checkpoint",
+            )
+
+    # Text and conversations
+
+    def _encode_text(self, where: str, text: str) -> list[int]:
         try:
             return encode_text(self.tokenizer, text)
         except DareError as error:
-            raise error.inside(row.where) from None
+            raise error.inside(where) from None
 
-    def _encode_turns(self, row: Row) -> tuple[list[int], list[int], list[bool]]:
-        """Prompt ids, completion ids and loss mask of a conversation.
+    def _encode_turns(self, where: str, prompt: Messages, completion: Messages) -> tuple[list[int], _Side]:
+        """Prompt ids and the completion of a conversation.
 
-        A turn is what the chat template writes between the open header of the assistant and the token that ends
-        the turn; white space that follows that token is neither generated nor trained.
+        A turn with loss is what the chat template writes between the open header of the assistant and the token that
+        ends the turn; white space that follows that token is neither generated nor trained. Turns are found by
+        rendering the conversation up to them, never by searching text. A template that rewrites earlier turns has to
+        mark what the assistant says with `{% generation %}`.
         """
-        conversation = [*row.prompt, *(row.completion or ())]
-        prompt_ids = self._render(conversation[: len(row.prompt)], is_open=True, row=row)
-        ids, is_scored = prompt_ids, [False] * len(prompt_ids)
-        for index in range(len(row.prompt), len(conversation)):
-            if conversation[index]["role"] != "assistant":
+        conversation = [*prompt, *completion]
+        for index, message in enumerate(conversation):
+            self._check_role(where, message["role"], conversation, index)
+        num_turns = sum(message["role"] in self.loss_roles for message in completion)
+        found = self._scored_turns(where, conversation, len(prompt))
+        ids, is_scored = found or self._marked_turns(where, conversation, num_turns)
+        if True not in is_scored:
+            raise DareError("the completion has no tokens", where=where)
+        first = is_scored.index(True)
+        return ids[:first], _Side(ids[first:], is_scored[first:])
+
+    def _check_role(self, where: str, role: str, conversation: Sequence[Message], index: int) -> None:
+        """A template may refuse a role, which is an error by itself, or leave its messages out without a word."""
+        if role not in self._is_known_role:
+            rest = [*conversation[:index], *conversation[index + 1 :]]
+            whole = self._render(where, conversation, is_open=False)
+            try:
+                self._is_known_role[role] = not rest or whole != self._render(where, rest, is_open=False)
+            except DareError:  # the rest alone is no conversation, so the message counted
+                self._is_known_role[role] = True
+        if not self._is_known_role[role]:
+            raise DareError(f"the chat template leaves out messages of the role '{role}'", where=where)
+
+    def _scored_turns(
+        self, where: str, conversation: Sequence[Message], num_given: int
+    ) -> tuple[list[int], list[bool]] | None:
+        """Ids through the last turn, and which carry loss; None if the template rewrites earlier turns."""
+        ids: list[int] = []
+        is_scored: list[bool] = []
+        for index in range(num_given, len(conversation)):
+            role = conversation[index]["role"]
+            if role not in self.loss_roles:
                 continue
-            opened = self._render(conversation[:index], is_open=True, row=row)
-            closed = self._render(conversation[: index + 1], is_open=False, row=row)
-            if opened[: len(ids)] != ids or closed[: len(opened)] != opened:
-                raise DareError(
-                    "the chat template rewrites earlier turns, so a turn's tokens cannot be found",
-                    where=row.where,
-                    fix="set data.loss_turns to last, or give prompt and completion as text",
-                )
-            is_always_open = closed == self._render(conversation[: index + 1], is_open=True, row=row)
+            closed = self._render(where, conversation[: index + 1], is_open=False)
+            is_always_open = closed == self._render(where, conversation[: index + 1], is_open=True)
+            if role == "assistant":
+                opened = self._render(where, conversation[:index], is_open=True)
+                if closed[: len(opened)] != opened:
+                    return None
+            else:
+                before = self._render(where, conversation[:index], is_open=False) if index else []
+                opened = closed[: _num_common(before, closed)]
+            if opened[: len(ids)] != ids:
+                return None
             end = turn_end(opened, closed, self._special_ids, is_always_open=is_always_open)
             is_scored += [False] * (len(opened) - len(ids)) + [True] * (end - len(opened))
             ids = closed[:end]
-        return prompt_ids, ids[len(prompt_ids) :], is_scored[len(prompt_ids) :]
+        return ids, is_scored
 
-    def _render(self, messages: Any, *, is_open: bool, row: Row) -> list[int]:
-        return encode_messages(self.tokenizer, messages, is_open=is_open, where=row.where)
+    def _marked_turns(self, where: str, conversation: Sequence[Message], num: int) -> tuple[list[int], list[bool]]:
+        """The last `num` turns that the template marks; the special token after a mark ends its turn."""
+        spans = None
+        if self.loss_roles == ("assistant",):
+            spans = generation_spans(self.tokenizer, conversation, where=where)
+        if spans is None:
+            raise DareError(
+                "the chat template rewrites earlier turns, so a turn's tokens cannot be found",
+                where=where,
+                fix="set data.loss_turns to last, mark the assistant's turns in the template with "
+                "{% generation %}, or give prompt and completion as text",
+            )
+        ids, marks = spans
+        is_scored = [False] * len(ids)
+        end = 0
+        for start, stop in marks[-num:]:
+            end = stop + 1 if stop < len(ids) and ids[stop] in self._special_ids else stop
+            is_scored[start:end] = [True] * (end - start)
+        return ids[:end], is_scored[:end]
+
+    def _render(self, where: str, messages: Sequence[Message], *, is_open: bool) -> list[int]:
+        return encode_messages(self.tokenizer, messages, is_open=is_open, where=where)
+
+
+def _num_common(first: Sequence[int], second: Sequence[int]) -> int:
+    """Tokens that both begin with."""
+    return next(
+        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )
 
 
 def encode_rows(
-    tokenizer: Any, rows: list[Row], data: DataRecipe, decode: Decode, spec: FamilySpec
+    tokenizer: Any,
+    rows: Iterable[AnyRow],
+    data: DataRecipe,
+    decode: Decode,
+    spec: FamilySpec,
+    tally: Tally | None = None,
 ) -> list[EncodedRow]:
-    """All rows as ids, in order; with `on_too_long: drop` there may be fewer of them.
+    """All rows as ids, in order; there may be fewer where rows are left out, and more of long raw texts.
 
     Raises DareError naming the first row that cannot be encoded, or if none is left.
     """
-    encoder = RowEncoder(tokenizer, data, decode, spec)
-    encoded = [found for row in rows if (found := encoder.encode(row)) is not None]
-    if not encoded:
+    encoder = RowEncoder(tokenizer, data, decode, spec, tally)
+    return require_rows([found for row in rows for found in encoder.encode(row)], encoder.tally)
+
+
+def encode_pairs(
+    tokenizer: Any,
+    rows: Iterable[AnyRow],
+    data: DataRecipe,
+    decode: Decode,
+    spec: FamilySpec,
+    tally: Tally | None = None,
+) -> list[PreferencePair]:
+    """All preference rows as ids, in order. Errors as of `encode_rows`."""
+    encoder = RowEncoder(tokenizer, data, decode, spec, tally)
+    return require_rows([found for row in rows if (found := encoder.encode_pair(row)) is not None], encoder.tally)
+
+
+def require_rows(found: list[RowT], tally: Tally) -> list[RowT]:
+    """`found` itself. Raises DareError with the reason if it is empty."""
+    if found:
+        return found
+    if tally.errors:
         raise DareError(
-            "every row is too long", where="data.on_too_long", got=f"{len(rows)} rows dropped", fix="raise max_length"
-        )
-    return encoded
+            "no row is left", where="data.on_bad_row", got=f"{tally.num_bad} malformed rows"
+        ) from tally.errors[0]
+    raise DareError(
+        "every row is too long",
+        where="data.on_too_long",
+        got=f"{tally.num_dropped} rows dropped",
+        fix="raise max_length",
+    )
 
 
 def inspect_row(tokenizer: Any, encoded: EncodedRow) -> list[tuple[str, bool, bool]]:
@@ -377,21 +380,3 @@ def inspect_row(tokenizer: Any, encoded: EncodedRow) -> list[tuple[str, bool, bo
         (decode_text(tokenizer, [index], has_special=True), is_prompt, has_loss)
         for index, is_prompt, has_loss in prompt + completion
     ]
-
-
-# 4. Order
-
-
-def row_indices(num_rows: int, batch_size: int, step: int, key: Key) -> list[int]:
-    """The rows of a step (0-based): a pure function, so a run resumes from its step alone.
-
-    Steps cut one endless sequence of epochs, each a keyed permutation of all rows, into batches; a batch may
-    span epochs.
-    """
-    places = range(step * batch_size, (step + 1) * batch_size)
-    return [_epoch_order(num_rows, key.fold("epoch", place // num_rows))[place % num_rows] for place in places]
-
-
-@lru_cache(maxsize=4)
-def _epoch_order(num_rows: int, key: Key) -> list[int]:
-    return key.permutation(num_rows)

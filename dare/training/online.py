@@ -1,6 +1,7 @@
 """The RL loop.
 
 prompts -> generate G completions each -> rewards -> advantages
+        -> the groups that are trained on
         -> views of mu inner iterations, drawn and scored before any step
         -> mu x (loss on log-probs, replayed backward, optimizer step) -> publish
 """
@@ -20,13 +21,15 @@ from dare.core.recipe import Recipe
 from dare.core.rng import Key, stable_id
 from dare.core.text import Prompt
 from dare.core.types import Drafts, Samples, TraceBatch
+from dare.data.order import row_indices
 from dare.diffusion.trace import draft_tokens, scored_mask
 from dare.evals.runner import Scored, as_record, evaluate_task, score_trace
 from dare.families.tokenizer import decode as decode_text
 from dare.families.tokenizer import encode_prompt
+from dare.rewards.mix import RewardMix
 from dare.rollout.stats import rollout_stats
 from dare.tasks.base import Task
-from dare.training.data import row_indices
+from dare.training.groups import kept_groups, select_groups
 from dare.training.session import Session
 from dare.training.update import plan_iterations, update
 
@@ -36,6 +39,7 @@ Row = TypeVar("Row")
 def run_online(session: Session, engine: Engine, algorithm: Algorithm[Any], task: Task[Any], tokenizer: Any) -> None:
     """Train on rewards from `session.first_step` to the end, evaluating, logging and saving on the way."""
     recipe, key = session.recipe, Key(session.recipe.seed)
+    mix = reward_mix(recipe, task)
     if session.first_step == 0 and recipe.evaluation.at_start:
         evaluate_held_out(session, engine, task, tokenizer, step=0)
     for step in range(session.first_step + 1, recipe.train.steps + 1):
@@ -57,16 +61,21 @@ def run_online(session: Session, engine: Engine, algorithm: Algorithm[Any], task
         with session.phase("reward"):
             scored = score_trace(task, prompts, trace, tokenizer)
             if trace.drafts is not None:
-                trace = replace(trace, drafts=judge_drafts(trace.drafts, trace, task, prompts, tokenizer))
-            samples = build_samples(algorithm, trace, scored, recipe.train.completions_per_prompt)
-            samples = replace(samples, progress=(step - 1) / recipe.train.steps)
+                trace = replace(trace, drafts=judge_drafts(trace.drafts, trace, task, prompts, tokenizer, mix))
+            rollouts = build_samples(algorithm, trace, scored, recipe.train.completions_per_prompt, mix)
+            rollouts = replace(rollouts, progress=(step - 1) / recipe.train.steps)
+            samples = trained_samples(recipe, rollouts, scored)
         with session.phase("update"):
-            num = recipe.train.updates_per_rollout
+            num = recipe.train.updates_per_rollout if samples.canvas.batch_size else 0
             iterations = plan_iterations(engine, algorithm, samples, key.fold("views", step), num)
             updates = [update(engine, algorithm, samples, iteration) for iteration in iterations]
             engine.publish()
-        metrics = {**rollout_metrics(trace, scored, samples), **_mean(updates)}
-        if step == session.first_step + 1 and "mismatch_kl" not in metrics:
+        metrics = {**rollout_metrics(trace, scored, rollouts), **_mean(updates)}
+        if not mix.is_plain:
+            metrics["trained_reward"] = _mean_trained_reward(rollouts)
+        if recipe.groups.is_filtering:
+            metrics["kept_groups"] = len(set(samples.group_B.tolist())) / len(distinct)
+        if updates and step == session.first_step + 1 and "mismatch_kl" not in metrics:
             session.reporter.message(
                 f"warning: {recipe.algorithm.name} scores no canvas that the rollout saw, so the mismatch between "
                 "trainer and rollout is not measured"
@@ -81,16 +90,27 @@ def run_online(session: Session, engine: Engine, algorithm: Algorithm[Any], task
 
 
 def build_samples(
-    algorithm: Algorithm[Any], trace: TraceBatch, scored: list[Scored], completions_per_prompt: int
+    algorithm: Algorithm[Any], trace: TraceBatch, scored: list[Scored], completions_per_prompt: int, mix: RewardMix
 ) -> Samples:
     """Rollouts as training samples; rows are group-major."""
-    reward_B = torch.tensor([item.reward.value for item in scored], dtype=torch.float32)
+    parts = [
+        mix.trained(item.reward, len(item.completion.tokens), is_finished=item.completion.finish == "eos")
+        for item in scored
+    ]
+    reward_B = torch.tensor([mix.total(part) for part in parts], dtype=torch.float32)
     group_B = torch.arange(len(scored)) // completions_per_prompt
+    if mix.recipe.combine == "decoupled":
+        advantage_B = torch.zeros(len(scored))
+        for name, weight in mix.weights.items():
+            part_B = torch.tensor([part[name] for part in parts], dtype=torch.float32)
+            advantage_B = advantage_B + weight * algorithm.advantages(part_B, group_B)
+    else:
+        advantage_B = algorithm.advantages(reward_B, group_B)
     return Samples(
         canvas=trace.canvas,
         is_scored_BS=scored_mask(trace),
         sample_id_B=trace.sample_id_B,
-        advantage_B=algorithm.advantages(reward_B, group_B),
+        advantage_B=advantage_B,
         group_B=group_B,
         mask_id=trace.mask_id,
         step_map_BS=trace.step_map_BS,
@@ -104,15 +124,38 @@ def build_samples(
     )
 
 
-def judge_drafts(drafts: Drafts, trace: TraceBatch, task: Task[Any], prompts: list[Prompt], tokenizer: Any) -> Drafts:
-    """The drafts with the reward of each as a completion; equal drafts of a prompt are judged once."""
-    known: dict[tuple[str, str], float] = {}
-    rewards = []
+def reward_mix(recipe: Recipe, task: Task[Any]) -> RewardMix:
+    """The recipe's reward section. Raises DareError if a weight names a part that the task does not have."""
+    mix = RewardMix(recipe.reward, recipe.decode.gen_length)
+    prompt = task.prompt("train", 0)
+    mix.check_names([task.reward(prompt, text) for text in ("", prompt.answer or "")])
+    return mix
+
+
+def trained_samples(recipe: Recipe, samples: Samples, scored: list[Scored]) -> Samples:
+    """The samples of the groups that the recipe trains on, possibly none."""
+    if not recipe.groups.is_filtering:
+        return samples
+    is_solved_B = torch.tensor([item.reward.is_solved for item in scored])
+    groups = kept_groups(
+        recipe.groups, samples.advantage_B, is_solved_B, samples.group_B, recipe.train.prompts_per_step
+    )
+    return select_groups(samples, groups)
+
+
+def judge_drafts(
+    drafts: Drafts, trace: TraceBatch, task: Task[Any], prompts: list[Prompt], tokenizer: Any, mix: RewardMix
+) -> Drafts:
+    """The drafts with the trained reward of each as a completion; equal drafts of a prompt are judged once."""
+    known: dict[tuple[str, str, int, bool], float] = {}
+    rewards, ends = [], [[token] for token in trace.eos_ids]
     for row, tokens in zip(drafts.sample_D.tolist(), draft_tokens(drafts, trace), strict=True):
-        prompt, text = prompts[row], decode_text(tokenizer, tokens)
-        if (prompt.uid, text) not in known:
-            known[prompt.uid, text] = task.reward(prompt, text).value
-        rewards.append(known[prompt.uid, text])
+        prompt, text, is_finished = prompts[row], decode_text(tokenizer, tokens), tokens[-1:] in ends
+        draft = (prompt.uid, text, len(tokens), is_finished)
+        if draft not in known:
+            parts = mix.trained(task.reward(prompt, text), len(tokens), is_finished=is_finished)
+            known[draft] = mix.total(parts)
+        rewards.append(known[draft])
     return replace(drafts, reward_D=torch.tensor(rewards, dtype=torch.float32))
 
 
@@ -156,8 +199,8 @@ def evaluate_held_out(session: Session, engine: Engine, task: Task[Any], tokeniz
 
 def _prompts_of_step(recipe: Recipe, task: Task[Any], step: int, key: Key) -> list[Prompt]:
     """The prompts of a step, once each; a pure function of the step."""
-    train = recipe.train
-    chosen = row_indices(task.size("train"), train.prompts_per_step, step - 1, key.fold("prompts"))
+    num = recipe.train.prompts_per_step * recipe.groups.oversample
+    chosen = row_indices(task.size("train"), num, step - 1, key.fold("prompts"))
     return [task.prompt("train", index) for index in chosen]
 
 
@@ -174,7 +217,11 @@ def _show_samples(session: Session, step: int, scored: list[Scored], tokenizer: 
     )
 
 
+def _mean_trained_reward(samples: Samples) -> float:
+    return 0.0 if samples.reward_B is None else float(samples.reward_B.double().mean())
+
+
 def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
-    """Means over inner iterations; the first one has every metric."""
-    parts = {name: [row[name] for row in rows if name in row] for name in rows[0]}
+    """Means over inner iterations, of which the first has every metric; nothing if there were none."""
+    parts = {name: [row[name] for row in rows if name in row] for name in rows[0]} if rows else {}
     return {name: sum(values) / len(values) for name, values in parts.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,9 @@ from torch.distributed.tensor import DTensor
 
 from dare.core.errors import DareError, NonFiniteError
 from dare.core.recipe import OptimizerRecipe
+from dare.families.layers.quantized import require_bitsandbytes
+
+_BLOCKWISE = ("qmap1", "qmap2", "absmax1", "absmax2")  # of 8-bit moments; not one number per weight
 
 
 def learning_rate(recipe: OptimizerRecipe, step: int, num_steps: int) -> float:
@@ -42,7 +46,7 @@ class Optimizer:
             for is_matrix in (True, False)
             for params in _by_kind([master for master in self.masters.values() if (master.ndim >= 2) is is_matrix])
         ]
-        self.adam = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps)
+        self.adam = _adamw(groups, recipe)
 
     def step(self) -> dict[str, float]:
         """Clip, update, copy masters back, clear gradients.
@@ -90,7 +94,8 @@ class Optimizer:
             kind, _, name = key.partition("/")
             if not name:
                 continue
-            if name not in self.masters or (tensor.ndim and tensor.shape != self.masters[name].shape):
+            is_moment = tensor.ndim and kind not in _BLOCKWISE
+            if name not in self.masters or (is_moment and tensor.shape != self.masters[name].shape):
                 raise DareError("the optimizer state belongs to another model", got=f"{key} {tuple(tensor.shape)}")
             moments.setdefault(name, {})[kind] = tensor.clone()
         for name, master in self.masters.items():
@@ -101,7 +106,7 @@ class Optimizer:
                 with torch.no_grad():
                     master.copy_(state.pop("master"))
             if state:  # none for a parameter that has not had a gradient yet
-                self.adam.state[master] = state
+                self.adam.state[master] = _adam_state(state, self.recipe)
         self.num_done = int(tensors["num_done"])
 
     def _first_bad(self) -> str:
@@ -125,6 +130,25 @@ def _by_kind(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     sharded: list[Tensor] = [tensor for tensor in tensors if isinstance(tensor, DTensor)]
     whole = [tensor for tensor in tensors if not isinstance(tensor, DTensor)]
     return [kind for kind in (sharded, whole) if kind]
+
+
+def _adamw(groups: list[dict[str, Any]], recipe: OptimizerRecipe) -> torch.optim.Optimizer:
+    """torch's, or with 8-bit moments (Dettmers et al. 2022) that of bitsandbytes, which keeps small ones in float32."""
+    if recipe.moments == "float32":
+        return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps)
+    device = groups[0]["params"][0].device
+    optim = require_bitsandbytes(device, where="optimizer.moments").optim
+    adam: torch.optim.Optimizer = optim.AdamW8bit(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps)
+    return adam
+
+
+def _adam_state(state: dict[str, Tensor], recipe: OptimizerRecipe) -> dict[str, Any]:
+    """Stored moments as the optimizer has them. Raises DareError if they are those of the other kind."""
+    is_compact = recipe.moments == "8bit"
+    expected = "state1" if is_compact else "exp_avg"
+    if expected not in state:
+        raise DareError("the optimizer state has other moments", got=sorted(state), expected=expected)
+    return {**state, "step": int(state["step"])} if is_compact else {**state}
 
 
 def _master(parameter: nn.Parameter) -> nn.Parameter:

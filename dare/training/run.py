@@ -7,16 +7,15 @@ from typing import Any
 
 from dare.algorithms.base import Algorithm
 from dare.core.checks import check, check_attention
-from dare.core.data_recipe import DataRecipe
 from dare.core.engine import Engine
 from dare.core.errors import DareError
 from dare.core.recipe import Recipe
-from dare.core.spec import FamilySpec
+from dare.data.read import Tally
 from dare.families.build import family_spec
 from dare.families.tokenizer import char_tokenizer, load_tokenizer
 from dare.tasks.base import Task
 from dare.training.checkpoint import resolve_model_path
-from dare.training.data import EncodedRow, Row, encode_rows, load_rows, task_rows
+from dare.training.feed import STREAMS, TextSource, text_sources
 from dare.training.offline import run_offline
 from dare.training.online import run_online
 from dare.training.session import Reporter, Session
@@ -27,28 +26,36 @@ def train(recipe: Recipe, run_dir: Path, reporter: Reporter, *, is_resumed: bool
 
     Raises DareError for everything that a user can put right, before the first step where possible.
     """
-    recipe = _with_checkpoint(recipe)
+    recipe = with_checkpoint(recipe)
     warnings = check(recipe)
     algorithm: Algorithm[Any] = recipe.algorithm.build()
     task: Task[Any] | None = recipe.task.build(recipe.seed) if recipe.task else None
-    raw_rows = _raw_rows(recipe, task) if algorithm.kind == "offline" else []
-    tokenizer = _tokenizer(recipe, task, raw_rows)
-    rows = _encode(recipe, raw_rows, tokenizer, family_spec(recipe.model, tokenizer)) if raw_rows else []
-    check_attention(recipe.algorithm.name, algorithm, family_spec(recipe.model, tokenizer).attention)
+    tally = Tally()
+    has_pairs = algorithm.row_kind != "completions"
+    sources = text_sources(recipe, task, tally, has_pairs=has_pairs) if algorithm.kind == "offline" else []
+    tokenizer = model_tokenizer(recipe, task, sources)
+    spec = family_spec(recipe.model, tokenizer)
+    check_attention(recipe.algorithm.name, algorithm, spec.attention)
+    algorithm = algorithm.adapted(spec)
+    recipe = recipe.model_copy(update={"algorithm": recipe.algorithm.with_options(algorithm.options)})
+    open_stream = STREAMS[algorithm.row_kind]
+    examples = open_stream(sources, recipe, tokenizer, spec, tally) if sources else None
+    is_reference_held = algorithm.needs_reference and recipe.reference.mode == "live"
     engine: Engine = recipe.executor.build().create(
-        recipe, tokenizer, needs_reference=algorithm.needs_reference, critic_lr=algorithm.critic_lr
+        recipe, tokenizer, needs_reference=is_reference_held, critic_lr=algorithm.critic_lr
     )
     session = Session(recipe, run_dir, reporter, is_resumed=is_resumed)
-    if len(rows) < len(raw_rows):
-        warnings.append(f"{len(raw_rows) - len(rows)} of {len(raw_rows)} rows are too long and were dropped")
-    for warning in warnings:
+    for warning in [*warnings, *tally.warnings()]:
         reporter.message(f"warning: {warning}")
     try:
         if session.resumed_from is not None:
             engine.load(session.resumed_from)
             engine.publish()
-        if algorithm.kind == "offline":
-            run_offline(session, engine, algorithm, rows, task, tokenizer)
+        if examples is not None:
+            run_offline(session, engine, algorithm, examples, task, tokenizer)
+            if recipe.data is not None and recipe.data.is_streaming:  # only now is it known
+                for warning in tally.warnings():
+                    reporter.message(f"warning: {warning}")
         elif task is not None:
             run_online(session, engine, algorithm, task, tokenizer)
     except KeyboardInterrupt:
@@ -62,16 +69,7 @@ def train(recipe: Recipe, run_dir: Path, reporter: Reporter, *, is_resumed: bool
     return session.close("finished", checkpoint=resolve_model_path(str(run_dir)))
 
 
-def training_rows(recipe: Recipe) -> tuple[Any, list[EncodedRow]]:
-    """The tokenizer and the rows that an offline recipe trains on, without loading any weights."""
-    recipe = _with_checkpoint(recipe)
-    task: Task[Any] | None = recipe.task.build(recipe.seed) if recipe.task else None
-    raw_rows = _raw_rows(recipe, task)
-    tokenizer = _tokenizer(recipe, task, raw_rows)
-    return tokenizer, _encode(recipe, raw_rows, tokenizer, family_spec(recipe.model, tokenizer))
-
-
-def _with_checkpoint(recipe: Recipe) -> Recipe:
+def with_checkpoint(recipe: Recipe) -> Recipe:
     """The recipe with a run folder in model.path replaced by that run's newest checkpoint."""
     if recipe.model.path is None:
         return recipe
@@ -79,17 +77,7 @@ def _with_checkpoint(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"model": model})
 
 
-def _raw_rows(recipe: Recipe, task: Task[Any] | None) -> list[Row]:
-    """Dataset rows, or the task's own problems and answers."""
-    data = recipe.data or DataRecipe()
-    if data.path is not None:
-        return load_rows(data)
-    if task is None:
-        raise DareError("there is nothing to train on", expected="data.path or a task", fix="add one to the recipe")
-    return task_rows(task)
-
-
-def _tokenizer(recipe: Recipe, task: Task[Any] | None, rows: list[Row]) -> Any:
+def model_tokenizer(recipe: Recipe, task: Task[Any] | None, sources: list[TextSource]) -> Any:
     """The checkpoint's tokenizer; for a new model one token per character of the task or of the data."""
     if recipe.model.path is not None:
         tokenizer = load_tokenizer(recipe.model.path)
@@ -101,10 +89,7 @@ def _tokenizer(recipe: Recipe, task: Task[Any] | None, rows: list[Row]) -> Any:
             )
         return tokenizer
     alphabet = set(task.alphabet) if task else set()
-    for row in rows:
-        alphabet.update(row.all_text())
+    for source in sources:
+        for row in source.read(Tally()):
+            alphabet.update(row.all_text())
     return char_tokenizer("".join(sorted(alphabet)))
-
-
-def _encode(recipe: Recipe, rows: list[Row], tokenizer: Any, spec: FamilySpec) -> list[EncodedRow]:
-    return encode_rows(tokenizer, rows, recipe.data or DataRecipe(), recipe.decode, spec)

@@ -31,7 +31,8 @@ from dare.training.checkpoint import TrainerState, list_checkpoints, read_state,
 from dare.training.trackers import Tracker, build_trackers
 
 _LOGS = ("metrics", "timing", "eval", "samples")
-_MAY_CHANGE = (("executor",), ("log",), ("checkpoint",), ("train", "steps"), ("train", "micro_batch_views"))
+_FREE_IN_TRAIN = ("steps", "micro_batch_views", "pack_length")
+_MAY_CHANGE = (("executor",), ("log",), ("checkpoint",), *(("train", key) for key in _FREE_IN_TRAIN))
 
 
 class Reporter(Protocol):
@@ -147,7 +148,7 @@ class Session:
         return found[-1] if found else None
 
     def _write_status(self, status: str, **more: Any) -> None:
-        packages = {name: version(name) for name in ("dare-dllm", "torch", "transformers", "reasoning-gym")}
+        packages = {name: version(name) for name in ("dare-dllm", "torch", "transformers", "peft", "reasoning-gym")}
         machine = {"system": platform.platform(), "cpu_threads": torch.get_num_threads()}
         if torch.cuda.is_available():
             machine["gpu"] = torch.cuda.get_device_name()

@@ -10,7 +10,9 @@ Condition: both passes compute the same function; their largest difference is th
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,16 +37,35 @@ class Iteration:
     is_first: bool = False  # the weights are those of the rollout
 
 
-def plan_iterations(engine: Engine, algorithm: Algorithm[Any], samples: Samples, key: Key, num: int) -> list[Iteration]:
+def draw_views(engine: Engine, algorithm: Algorithm[Any], samples: Samples, key: Key) -> Views:
+    """The views of one inner iteration, the policy's predictions in them where the algorithm asks for any."""
+    views = algorithm.corrupt(samples, key)
+    for _ in range(algorithm.num_predictions):
+        views = algorithm.with_predictions(views, samples, engine.predict(views, samples))
+    return views
+
+
+def plan_iterations(
+    engine: Engine,
+    algorithm: Algorithm[Any],
+    samples: Samples,
+    key: Key,
+    num: int,
+    *,
+    stored: Callable[[Views, Samples], Tensor] | None = None,
+) -> list[Iteration]:
     """Draw all views of a rollout before any step; score them under the old and the reference policy.
 
-    Only iterations after the first need a pass of their own for the old policy.
+    Only iterations after the first need a pass of their own for the old policy. `stored` stands in for the engine's
+    reference policy.
     """
     plans = []
     for index in range(num):
-        views = algorithm.corrupt(samples, key.fold(index))
+        views = draw_views(engine, algorithm, samples, key.fold(index))
         old = engine.score(views, samples) if index > 0 and algorithm.needs_old else None
-        reference = engine.score(views, samples, is_reference=True) if algorithm.needs_reference else None
+        reference = None
+        if algorithm.needs_reference:
+            reference = (stored or partial(engine.score, is_reference=True))(views, samples)
         judgement = None
         if algorithm.critic_lr is not None:
             judgement = algorithm.judge(engine.score(views, samples, role="critic"), views, samples)

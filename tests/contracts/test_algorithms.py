@@ -49,11 +49,12 @@ def reads_a_canvas(name: str) -> bool:
 
 ALL = [(name, variant) for name in ALGORITHMS for variant in variants(name)]
 CASES = [case for case in ALL if reads_a_canvas(case[0])]
+COMPARING = [case for case in CASES if "advantage" in resolve("algorithms", case[0]).Config.model_fields]
 ONLINE = [case for case in CASES if resolve("algorithms", case[0]).kind == "online"]
 RATIO = [case for case in CASES if issubclass(resolve("algorithms", case[0]), PolicyAlgorithm)]
-every_row, every, online, ratio = (
+every_row, every, online, comparing, ratio = (
     pytest.mark.parametrize(("name", "variant"), cases, ids=["-".join(case) for case in cases])
-    for cases in (ALL, CASES, ONLINE, RATIO)
+    for cases in (ALL, CASES, ONLINE, COMPARING, RATIO)
 )
 both = pytest.mark.parametrize("family_name", ["llada", "sdar"])
 
@@ -80,6 +81,7 @@ def samples_of(family: Family, rows: tuple[int, ...] = (0, 1, 2, 3), *, num_padd
         mask_id=family.spec.mask_id,
         step_map_BS=torch.where(is_completion_BS, (offset_BS * 5 % 7) // 3 + 3 * canvas.block_BS.clamp(min=0), -1),
         rollout_logp_BS=torch.zeros(canvas.input_BS.shape),
+        reward_B=torch.tensor([1.0 - row % 2 for row in rows]),
     )
 
 
@@ -210,7 +212,7 @@ def test_zero_advantages_teach_nothing(families: dict[str, Family], name: str, v
     assert float(grad_RS.abs().max()) < 1e-8
 
 
-@online
+@comparing
 def test_advantages_are_those_of_a_group(name: str, variant: str) -> None:
     algorithm = build(name, variant)
     group_B = torch.tensor([0, 0, 0, 1, 1, 1, 2])

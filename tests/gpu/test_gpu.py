@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from dare.core.decode import Decode
 from dare.core.recipe import parse_recipe
 from dare.core.rng import Key
+from dare.data.rows import EncodedRow
 from dare.executors.local import LocalEngine
 from dare.families.weights import load_family
 from dare.rollout.engine import denoise
-from dare.training.data import EncodedRow
 from dare.training.offline import rows_to_samples
 from dare.training.update import plan_iterations, update
 

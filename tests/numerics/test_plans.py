@@ -16,15 +16,16 @@ from torch import Tensor
 from dare.core.errors import DareError
 from dare.core.rng import Key
 from dare.core.types import Samples, Views
-from dare.diffusion import corrupt, plans
+from dare.diffusion import corrupt, plans, supervised
 from dare.diffusion.schedule import SCHEDULES, find_schedule, spread_time
+from dare.diffusion.supervised import Noise
 from tests.numerics import toy
 
 PLANS: dict[str, Callable[[Samples, Key], Views]] = {
     "all_masked": lambda samples, key: corrupt.all_masked(samples, key, prompt_noise=0.5),
     "bernoulli": lambda samples, key: corrupt.bernoulli(samples, key, num_views=3),
     "bernoulli_independent": lambda samples, key: corrupt.bernoulli(samples, key, num_views=2, is_stratified=False),
-    "complementary": lambda samples, key: corrupt.complementary_bernoulli(samples, key, num_pairs=2),
+    "complementary": lambda samples, key: supervised.noised(samples, key, Noise(num_views=4, is_complementary=True)),
     "coupled": lambda samples, key: corrupt.coupled_bernoulli(
         samples, key, num_pairs=2, t_min=0.2, t_max=0.8, weight=0.2
     ),

@@ -15,7 +15,8 @@ from dare.algorithms.espo import ESPO, ESPOOptions
 from dare.algorithms.sft import SFT, SFTOptions
 from dare.core.rng import Key
 from dare.core.types import Samples
-from dare.diffusion import corrupt, likelihood
+from dare.diffusion import corrupt, likelihood, supervised
+from dare.diffusion.supervised import Noise
 from dare.objectives.kl import estimate_kl
 from tests.numerics import toy
 
@@ -110,7 +111,7 @@ def test_plans_estimate_the_elbo(plan: str, block_length: int | None) -> None:
     samples = toy.make_samples([toy.COMPLETION] * 4000, block_length=block_length)
     key = Key(5)
     if plan == "complementary":
-        views = corrupt.complementary_bernoulli(samples, key, num_pairs=1, t_min=1e-4)
+        views = supervised.noised(samples, key, Noise(num_views=2, is_complementary=True, t_min=1e-4))
     elif plan == "coupled_exact_count":
         views = corrupt.coupled_exact_count(samples, key, num_pairs=1, scope=corrupt.scored_scope(samples))
     else:

@@ -61,6 +61,15 @@ def _samples(family: Family, num: int = 6) -> Samples:
     return with_records(samples)
 
 
+def _samples_for(algorithm: Algorithm[Any], family: Family) -> Samples:
+    """The fixed samples; as pairs, the chosen one first, where the algorithm reads pairs."""
+    samples = _samples(family)
+    if algorithm.row_kind == "completions":
+        return samples
+    row_B = torch.arange(samples.canvas.batch_size)
+    return replace(samples, group_B=row_B // 2, reward_B=1.0 - row_B % 2)
+
+
 def _engine(family: Family, recipe: Recipe, *, needs_reference: bool = False) -> LocalEngine:
     critic_lr = recipe.algorithm.build().critic_lr
     copied = copy.deepcopy(family)
@@ -93,9 +102,9 @@ def test_replay_equals_the_gradient_of_the_full_graph(
 ) -> None:
     monkeypatch.setattr("dare.families.base.chunk_rows", lambda vocab_size: 3)
     family = families[family_name]
-    samples = _samples(family)
     recipe = _recipe(name, micro_batch_views=4)
     algorithm = recipe.algorithm.build()
+    samples = _samples_for(algorithm, family)
     views = algorithm.corrupt(samples, Key(3))
     old_RS = None
 
@@ -137,7 +146,7 @@ def test_an_update_does_not_depend_on_micro_batches(families: dict[str, Family],
         recipe = _recipe(name, micro_batch_views)
         algorithm = recipe.algorithm.build()
         engine = _engine(families[family_name], recipe, needs_reference=algorithm.needs_reference)
-        samples = _samples(families[family_name])
+        samples = _samples_for(algorithm, families[family_name])
         iterations = plan_iterations(engine, algorithm, samples, Key(0), 1)
         metrics = update(engine, algorithm, samples, iterations[0])
         results.append(metrics)

@@ -43,4 +43,5 @@ def test_tiny_recipe_trains(path: Path, tmp_path: Path, tiny_checkpoints: dict[s
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2]
     assert all(line["grad_norm"] >= 0 for line in lines)
-    assert (Path(summary["checkpoint"]) / "model.safetensors").is_file()
+    weights = "model.safetensors" if recipe.lora is None else "adapter_model.safetensors"
+    assert (Path(summary["checkpoint"]) / weights).is_file()

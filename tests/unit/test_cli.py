@@ -75,7 +75,10 @@ def test_instant_verbs_load_nothing_heavy(words: list[str], recipe_file: Path) -
 
 @pytest.mark.parametrize(
     "verb",
-    ["train", "eval", "generate", "check", "show", "list", "data inspect", "bench rollout", "report"],
+    [
+        *("train", "eval", "eval compare", "eval table", "generate", "check", "show", "list", "report"),
+        *("data inspect", "data path", "data fetch", "bench rollout"),
+    ],
     ids=str,
 )
 def test_every_verb_explains_itself_with_an_example(verb: str) -> None:

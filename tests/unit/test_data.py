@@ -19,9 +19,12 @@ from dare.core.decode import Decode
 from dare.core.errors import DareError
 from dare.core.recipe import TaskChoice
 from dare.core.rng import Key
+from dare.data.order import row_indices
+from dare.data.read import load_rows
+from dare.data.rows import EncodedRow, Row
 from dare.families.base import FamilySpec
 from dare.families.tokenizer import char_tokenizer, decode
-from dare.training.data import EncodedRow, Row, encode_rows, inspect_row, load_rows, row_indices, task_rows
+from dare.training.data import encode_rows, inspect_row, task_rows
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789:=+-.<> \n"
 PLAIN = char_tokenizer(ALPHABET)
@@ -275,12 +278,12 @@ def test_long_rows_can_be_dropped_or_truncated() -> None:
     rows = [text_row(completion="3"), text_row(completion="123456789")]
     dropped = encode_rows(PLAIN, rows, DataRecipe(on_too_long="drop"), DECODE, SPEC)
     assert [decode(PLAIN, row.completion_ids) for row in dropped] == ["3"]
-    _, cut = encode_rows(PLAIN, rows, DataRecipe(on_too_long="truncate"), DECODE, SPEC)
+    _, cut = encode_rows(PLAIN, rows, DataRecipe(on_too_long="right"), DECODE, SPEC)
     assert decode(PLAIN, cut.completion_ids, has_special=True) == "12345678"  # unfinished: no EOS
     with pytest.raises(DareError, match="every row is too long"):
         encode_rows(PLAIN, rows[1:], DataRecipe(on_too_long="drop"), DECODE, SPEC)
     with pytest.raises(DareError, match="too long"):  # no room for any completion
-        encode(text_row(prompt="1" * 64), on_too_long="truncate")
+        encode(text_row(prompt="1" * 64), on_too_long="right")
 
 
 def test_rows_without_completion_with_masks_or_unknown_characters_are_refused() -> None:

@@ -33,6 +33,21 @@ def test_links_and_named_files_exist(page: Path) -> None:
         assert (ROOT / target).exists(), target
 
 
+def test_tests_that_the_numerics_page_names_exist() -> None:
+    """`test_file.py::test_name`, and further names of the same file after it."""
+    page = (ROOT / "docs" / "numerics.md").read_text()
+    files = {path.name: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
+    contracts = {path.name: path.read_text() for path in (ROOT / "tests" / "contracts").glob("test_*.py")}
+    found = re.findall(r"`(tests/contracts/)?(test_\w+\.py)::(test_\w+)`((?:, `test_\w+`)*)", page)
+    assert len(found) > 15
+    for folder, name, first, more in found:
+        text = contracts[name] if folder else (ROOT / "tests" / "numerics" / name).read_text()
+        for test in [first, *re.findall(r"`(test_\w+)`", more)]:
+            assert f"def {test}(" in text, test
+    for name in re.findall(r"`(?:tests/\w+/)?(test_\w+\.py)", page):
+        assert name in files, name
+
+
 def test_every_algorithm_has_a_row() -> None:
     page = (ROOT / "docs" / "algorithms.md").read_text()
     assert all(f"| `{name}` |" in page for name in TABLES["algorithms"])

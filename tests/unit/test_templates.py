@@ -17,10 +17,12 @@ import pytest
 
 from dare.core.data_recipe import DataRecipe
 from dare.core.decode import Decode
+from dare.core.errors import DareError
 from dare.core.spec import FamilySpec
+from dare.data.rows import Row
 from dare.families.convert import DEFAULT_MASK_TOKEN
-from dare.families.tokenizer import decode, encode_messages, encode_text, load_tokenizer
-from dare.training.data import Row, encode_rows
+from dare.families.tokenizer import decode, encode_messages, encode_text, generation_spans, load_tokenizer
+from dare.training.data import encode_rows
 
 # Written anew from the formats that the published checkpoints document.
 LLADA = (
@@ -145,6 +147,59 @@ def test_turns_that_end_alike_are_told_apart(name: str) -> None:
     same = [{"role": "user", "content": "be it"}, {"role": "assistant", "content": "be it"}]
     _, _, eos, end = FAMILIES[name]
     assert learnt(byte_tokenizer(name), same, 1)[1] == f"be it{end}{eos}"
+
+
+# A template that drops what the assistant thought in earlier turns, as reasoning models do, and marks what it says.
+FORGETFUL = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' %}{% generation %}"
+    "{{ m.content if loop.last else m.content.split('=> ')[-1] }}{% endgeneration %}"
+    "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+THOUGHTS = [
+    USER,
+    {"role": "assistant", "content": "hm => So."},
+    {"role": "user", "content": "And?"},
+    {"role": "assistant", "content": "ah => Be kind."},
+]
+
+
+def test_a_template_that_rewrites_history_can_mark_the_turns_itself() -> None:
+    tokenizer = byte_tokenizer("sdar")
+    tokenizer.chat_template = FORGETFUL
+    whole, scored = learnt(tokenizer, THOUGHTS, 1, loss_turns="all", eos="none")
+    assert whole == "So.<|im_end|>\n<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\nah => Be kind.<|im_end|>"
+    assert scored == "So.<|im_end|>ah => Be kind.<|im_end|>"
+    assert learnt(tokenizer, THOUGHTS, 3, eos="none") == ("ah => Be kind.<|im_end|>",) * 2
+    tokenizer.chat_template = FORGETFUL.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    with pytest.raises(DareError, match=r"rewrites earlier turns[\s\S]*generation"):
+        learnt(tokenizer, THOUGHTS, 1, loss_turns="all")
+
+
+def test_marked_turns_equal_rendered_turns_where_both_can_be_had() -> None:
+    turns = [USER, ASSISTANT, {"role": "user", "content": "And?"}, {"role": "assistant", "content": "Be kind."}]
+    rendered = learnt(byte_tokenizer("sdar"), turns, 1, loss_turns="all")
+    tokenizer = byte_tokenizer("sdar")
+    tokenizer.chat_template = FORGETFUL
+    spans = generation_spans(tokenizer, turns)
+    assert spans is not None
+    ids, marks = spans
+    assert [decode(tokenizer, ids[start:end]) for start, end in marks] == ["So be it.", "Be kind."]
+    assert learnt(tokenizer, turns, 1, loss_turns="all") == rendered
+    assert generation_spans(byte_tokenizer("sdar"), turns) is None
+
+
+def test_roles_that_a_template_refuses_or_leaves_out_are_named() -> None:
+    tokenizer = byte_tokenizer("sdar")
+    odd = [{"role": "tool", "content": "42"}, USER, ASSISTANT]
+    assert learnt(tokenizer, odd, 2, eos="none")[1] == "So be it.<|im_end|>"
+    tokenizer.chat_template = CHATML.replace("for m in messages", "for m in messages if m.role != 'tool'")
+    with pytest.raises(DareError, match=r"leaves out messages of the role 'tool'[\s\S]*row 0"):
+        learnt(tokenizer, odd, 2)
+    tokenizer.chat_template = "{{ raise_exception('no tools') if messages[0].role == 'tool' }}" + CHATML
+    with pytest.raises(DareError, match=r"no tools[\s\S]*row 0"):
+        learnt(tokenizer, odd, 2)
 
 
 # --- the real Qwen3 tokenizer

@@ -104,6 +104,15 @@ class VerlEngine:
             score_RS[part] = score[: len(part)]
         return score_RS
 
+    def predict(self, views: Views, samples: Samples) -> Tensor:
+        token_RS = torch.zeros(views.noisy_RS.shape, dtype=torch.int64)
+        if not views.num_views:
+            return token_RS
+        parts, shards = self._shards(views, samples, torch.arange(views.num_views))
+        for part, token in zip(parts, self.workers.each("predict", shards), strict=True):
+            token_RS[part] = token[: len(part)]
+        return token_RS
+
     def accumulate(
         self,
         views: Views,

@@ -85,6 +85,13 @@ class DiffusionFSDPEngine(FSDPEngine):  # type: ignore[misc]
             shards.release(network)
         return found
 
+    def predict(self, shard: Shard) -> Tensor:
+        """int64 [R, S]: of this process's views."""
+        found = self.local.predict_parts(shard.views, shard.canvas, shard.parts())
+        for network in self.local.networks():
+            shards.release(network)
+        return found
+
     def accumulate(self, shard: Shard, grad_RS: Tensor, auxiliary: AuxLoss | None, role: Role) -> tuple[Tensor, Tensor]:
         """The scores of this process's views, and the values of its auxiliary terms."""
         found = self.local.replay_parts(

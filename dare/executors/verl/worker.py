@@ -60,6 +60,12 @@ class DiffusionWorker(TrainingWorker):  # type: ignore[misc]
         return found
 
     @_each
+    def predict(self, shard: Shard) -> Tensor:
+        """See `DiffusionFSDPEngine.predict`."""
+        found: Tensor = self.engine.predict(shard)
+        return found
+
+    @_each
     def accumulate(self, shard: Shard, grad_RS: Tensor, auxiliary: AuxLoss | None, role: Role) -> tuple[Tensor, Tensor]:
         """See `DiffusionFSDPEngine.accumulate`."""
         found: tuple[Tensor, Tensor] = self.engine.accumulate(shard, grad_RS, auxiliary, role)

@@ -126,7 +126,40 @@ class SharedContext:
     noisy_B1SC: Tensor
 
 
-Visible = Tensor | SharedContext | None  # a mask, broadcastable to [B, 1, T, K]; None = everything
+@dataclass(frozen=True)
+class Packed:
+    """Rows [B, T] without their padding, end to end as the documents of one row [1, N].
+
+    Attention is the only place where tokens meet: there each document gets its row back and sees what it saw before.
+
+    place_N  int64: row * T + column of each token
+    visible  what the rows see, as if there were no packing
+    """
+
+    batch_size: int
+    length: int
+    place_N: Tensor
+    visible: Tensor | SharedContext | None
+
+    @classmethod
+    def of(cls, is_real_BT: Tensor, visible: Tensor | SharedContext | None) -> Packed:
+        """The packing of the real positions."""
+        batch_size, length = is_real_BT.shape
+        return cls(batch_size, length, is_real_BT.flatten().nonzero()[:, 0], visible)
+
+    def pack(self, rows_BTx: Tensor) -> Tensor:
+        """[1, N, ...]: the real positions of [B, T, ...]."""
+        return rows_BTx.flatten(0, 1)[self.place_N][None]
+
+    def unpack(self, packed_1Nx: Tensor) -> Tensor:
+        """[B, T, ...]: every position in its row again; 0 at padding."""
+        rest = packed_1Nx.shape[2:]
+        zeros = torch.zeros((self.batch_size * self.length, *rest), dtype=packed_1Nx.dtype, device=packed_1Nx.device)
+        return zeros.index_copy(0, self.place_N, packed_1Nx[0]).view(self.batch_size, self.length, *rest)
+
+
+# A mask, broadcastable to [B, 1, T, K]; None = everything. Or the structure of several streams, or of documents.
+Visible = Tensor | SharedContext | Packed | None
 
 
 def _rows(visible: Visible, start: int, stop: int) -> Visible:
@@ -135,6 +168,8 @@ def _rows(visible: Visible, start: int, stop: int) -> Visible:
 
 def attend(query_BHTd: Tensor, key_BHKd: Tensor, value_BHKd: Tensor, visible: Visible) -> Tensor:
     """Scaled dot-product attention [B, H, T, hd]; grouped key/value heads are repeated as needed."""
+    if isinstance(visible, Packed):
+        return _attend_documents(query_BHTd, key_BHKd, value_BHKd, visible)
     if isinstance(visible, SharedContext):
         return _attend_shared(query_BHTd, key_BHKd, value_BHKd, visible)
     is_grouped = query_BHTd.shape[1] != key_BHKd.shape[1]
@@ -163,6 +198,16 @@ def _attend_shared(query_BHTd: Tensor, key_BHTd: Tensor, value_BHTd: Tensor, sha
     noisy_NHSd = attend(streams(query_BHTd), both(key_BHTd), both(value_BHTd), visible_N1SC)
     noisy_BKHSd = noisy_NHSd.reshape(len(query_BHTd), num_streams, *noisy_NHSd.shape[1:])
     return torch.cat([clean_BHSd, noisy_BKHSd.transpose(1, 2).flatten(2, 3)], dim=2)
+
+
+def _attend_documents(query_1HNd: Tensor, key_1HNd: Tensor, value_1HNd: Tensor, packed: Packed) -> Tensor:
+    """Each document as a row of its own, so no query meets another document's keys."""
+
+    def rows(part_1HNd: Tensor) -> Tensor:
+        return packed.unpack(part_1HNd.transpose(1, 2)).transpose(1, 2)
+
+    seen_BHTd = attend(rows(query_1HNd), rows(key_1HNd), rows(value_1HNd), packed.visible)
+    return packed.pack(seen_BHTd.transpose(1, 2)).transpose(1, 2)
 
 
 @dataclass(frozen=True)

@@ -120,18 +120,12 @@ class Experts(nn.Module):
         The work is one feed-forward pass per (token, chosen expert), sorted by expert. Official MoE code of SDAR
         and LLaDA-MoE sums in the model's dtype, which is equal in float32.
         """
-        num_tokens, per_token = route.expert_NA.shape
-        if not num_tokens:
-            return x_ND
-        chosen = route.expert_NA.flatten()
-        order = chosen.argsort(stable=True)
-        ids_E = torch.arange(len(self.gate_proj), device=chosen.device)
-        end_E = torch.searchsorted(chosen[order], ids_E, right=True)
-        sorted_x = x_ND[order // per_token]
+        return by_expert(self.run_sorted, x_ND, route)
+
+    def run_sorted(self, sorted_x: Tensor, end_E: Tensor) -> Tensor:
+        """Rows `end[e - 1]:end[e]` through expert e, unweighted."""
         run = grouped_swiglu if can_group(sorted_x, self.gate_proj) else looped_swiglu
-        sorted_y = run(sorted_x, end_E, self.gate_proj, self.up_proj, self.down_proj)
-        y_NAD = sorted_y[order.argsort()].view(num_tokens, per_token, -1)
-        return (y_NAD.float() * route.weight_NA[..., None]).sum(1).to(x_ND.dtype)
+        return run(sorted_x, end_E, self.gate_proj, self.up_proj, self.down_proj)
 
     def _official(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
         for name, stacked in self._parameters.items():
@@ -164,6 +158,23 @@ class Experts(nn.Module):
         unexpected_keys += [name for name in state_dict if name.startswith(prefix) and name not in own]
 
 
+def by_expert(run_sorted: Callable[[Tensor, Tensor], Tensor], x_ND: Tensor, route: Route) -> Tensor:
+    """[N, D]: each token's chosen experts, summed with its weights in float32.
+
+    run_sorted  (rows sorted by expert, end_E) -> rows; rows `end[e - 1]:end[e]` belong to expert e
+    """
+    num_tokens, per_token = route.expert_NA.shape
+    if not num_tokens:
+        return x_ND
+    chosen = route.expert_NA.flatten()
+    order = chosen.argsort(stable=True)
+    ids_E = torch.arange(route.logits_NE.shape[-1], device=chosen.device)
+    end_E = torch.searchsorted(chosen[order], ids_E, right=True)
+    sorted_y = run_sorted(x_ND[order // per_token], end_E)
+    y_NAD = sorted_y[order.argsort()].view(num_tokens, per_token, -1)
+    return (y_NAD.float() * route.weight_NA[..., None]).sum(1).to(x_ND.dtype)
+
+
 def can_group(x: Tensor, weight: Tensor) -> bool:
     """Whether the GPU has a grouped matmul for these tensors: bfloat16, aligned rows, Hopper or later."""
     return (
@@ -185,16 +196,33 @@ def grouped_swiglu(sorted_x: Tensor, end_E: Tensor, gate: Tensor, up: Tensor, do
 
 
 def looped_swiglu(sorted_x: Tensor, end_E: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """The same, expert by expert; experts without tokens cost nothing."""
-    parts, start = [], 0
+    """The same, expert by expert."""
     # Unbound once: indexing would give each expert a gradient of the whole stack.
-    for end, gate_FD, up_FD, down_DF in zip(end_E.tolist(), gate.unbind(0), up.unbind(0), down.unbind(0), strict=True):
+    gate_EFD, up_EFD, down_EDF = gate.unbind(0), up.unbind(0), down.unbind(0)
+
+    def run(expert: int, x: Tensor) -> Tensor:
+        hidden = functional.silu(functional.linear(x, gate_EFD[expert])) * functional.linear(x, up_EFD[expert])
+        return functional.linear(hidden, down_EDF[expert])
+
+    return looped(run, sorted_x, end_E)
+
+
+def looped(run: Callable[[int, Tensor], Tensor], sorted_x: Tensor, end_E: Tensor) -> Tensor:
+    """`run(expert, its rows)` for every expert, joined; experts without tokens cost nothing."""
+    parts, start = [], 0
+    for expert, end in enumerate(end_E.tolist()):
         if end > start:
-            x = sorted_x[start:end]
-            hidden = functional.silu(functional.linear(x, gate_FD)) * functional.linear(x, up_FD)
-            parts.append(functional.linear(hidden, down_DF))
+            parts.append(run(expert, sorted_x[start:end]))
         start = end
     return torch.cat(parts)
+
+
+def sorted_linear(sorted_x: Tensor, end_E: Tensor, weight_EOI: Tensor) -> Tensor:
+    """Rows `end[e - 1]:end[e]` times the matrix of expert e, grouped where the device can."""
+    if _GROUPED_MM is not None and can_group(sorted_x, weight_EOI):
+        return _GROUPED_MM(sorted_x, weight_EOI.mT, offs=end_E.int())
+    weights = weight_EOI.unbind(0)
+    return looped(lambda expert, x: functional.linear(x, weights[expert]), sorted_x, end_E)
 
 
 @contextmanager

@@ -104,6 +104,7 @@ def family_spec(config: Config, generation_config: Config | None = None) -> Fami
         pad_id=eos[0] if pad_id is None else pad_id,
         vocab_size=vocab_size,
         max_length=fields.integer("max_position_embeddings"),
+        sft_preset="llada2",
     )
 
 

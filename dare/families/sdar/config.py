@@ -59,6 +59,7 @@ def family_spec(config: Config, generation_config: Config | None = None) -> Fami
         pad_id=fields.token("pad_token_id", vocab_size, eos[0]),
         vocab_size=vocab_size,
         max_length=fields.integer("max_position_embeddings"),
+        sft_preset="sdar",
     )
 
 

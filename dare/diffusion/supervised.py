@@ -1,0 +1,158 @@
+"""The views of supervised training: which noise level, what it corrupts, and what a scored log-prob weighs.
+
+One plan with orthogonal settings instead of one per paper:
+
+    times        t per sample or per block, spread over views or blocks, in pairs (t, 1 - t) with complementary masks
+    corruption   masks, with the trailing EOS drawn one by one or as a unit; random tokens among what stays visible
+    weight       w(t) of the ELBO, 1, 1 - t, or how much visible context a masked token has (CART)
+
+Axes and keys are those of `corrupt.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from dare.core.lazy import torch
+from dare.core.rng import Key
+from dare.core.types import Samples, Views
+from dare.diffusion import corrupt
+from dare.diffusion.schedule import ScheduleName, find_schedule, spread_time
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Weighting = Literal["elbo", "uniform", "one_minus_t", "cart"]
+
+
+@dataclass(frozen=True)
+class Noise:
+    """How dataset rows are corrupted; the fields are explained where the user sets them, in `SFTOptions`."""
+
+    schedule: ScheduleName = "linear"
+    t_min: float = 1e-3
+    t_max: float = 1.0
+    time_per: Literal["block", "sample"] = "block"
+    time_spread: corrupt.TimeSpread = "views"
+    num_views: int = 1
+    is_complementary: bool = False
+    weight: Weighting = "elbo"
+    cart_p: float = 0.1
+    is_eos_unit: bool = False
+    edit_rate: float = 0.0
+    edit_weight: float = 1.0
+    vocab_size: int | None = None  # where random tokens come from; only for edit_rate > 0
+
+
+def noised(samples: Samples, key: Key, noise: Noise) -> Views:
+    """`noise.num_views` views per sample; weights are divided by their number, so that a sum over views is a mean.
+
+    With weight "elbo", t_max = 1 and no edits, the sum over a sample's views estimates its ELBO up to a relative bias
+    of about the mask probability at t_min. Complementary views are adjacent; their times are t and 1 - t, with t in
+    [t_min, min(t_max, 1 - t_min)).
+    """
+    num_draws = noise.num_views // 2 if noise.is_complementary else noise.num_views
+    t_max = min(noise.t_max, 1.0 - noise.t_min) if noise.is_complementary else noise.t_max
+    is_time_per_block = noise.time_per == "block"
+    scope = corrupt.scored_scope(samples)
+    shares_BMS = corrupt.time_shares(samples, key, scope, num_draws, is_time_per_block, noise.time_spread)
+    t_BMS = spread_time(shares_BMS, noise.t_min, t_max)
+    uniform_BMS = corrupt.position_uniform(samples, key.fold("mask"), num_draws)
+    views = masked(samples, noise, t_BMS, uniform_BMS)
+    return _edited(views, samples, key.fold("edit"), noise) if noise.edit_rate > 0 else views
+
+
+def masked(samples: Samples, noise: Noise, t_BMS: Tensor, uniform_BMS: Tensor) -> Views:
+    """The views that these times and draws give: a scored token is masked where its draw is below 1 - alpha(t)."""
+    scope = corrupt.scored_scope(samples)
+    if noise.is_eos_unit:
+        uniform_BMS = _one_draw_per_tail(samples, uniform_BMS)
+    is_drawn_BMS = uniform_BMS < find_schedule(noise.schedule).mask_probability(t_BMS)
+    if noise.is_complementary:
+        is_drawn_BMS = torch.stack([is_drawn_BMS, ~is_drawn_BMS], dim=2).flatten(1, 2)
+        t_BMS = torch.stack([t_BMS, 1.0 - t_BMS], dim=2).flatten(1, 2)
+    is_masked_BMS = is_drawn_BMS & scope.is_maskable_BS[:, None]
+    weight_BMS = weights(samples, noise, t_BMS, is_masked_BMS) / noise.num_views
+    return corrupt.scoped_views(samples, scope, is_drawn_BMS, weight_BMS, temperature=1.0)
+
+
+def weights(samples: Samples, noise: Noise, t_BMS: Tensor, is_masked_BMS: Tensor) -> Tensor:
+    """float64 [B, M, S]: what the loss of a masked token weighs at each position."""
+    if noise.weight == "elbo":
+        return find_schedule(noise.schedule).loss_weight(t_BMS)
+    if noise.weight == "uniform":
+        return torch.ones_like(t_BMS)
+    if noise.weight == "one_minus_t":
+        return 1.0 - t_BMS
+    return context_weight(samples.canvas.is_real_BS[:, None] & ~is_masked_BMS, noise.cart_p)
+
+
+def context_weight(is_visible_BMS: Tensor, p: float) -> Tensor:
+    """float64 [B, M, S]: the sum over visible j != i of p (1 - p)^(|i - j| - 1) / 2, at most 1.
+
+    Context-adaptive reweighting (CART, Dream): a masked token near visible ones weighs more. Two recurrences, one from
+    each side, instead of an [S, S] matrix: linear in S, and padding cannot change the last digit.
+    """
+    share_BMS = is_visible_BMS.double() * (p / 2)
+    total_BMS = torch.zeros_like(share_BMS)
+    length = share_BMS.shape[-1]
+    for columns in (range(length), range(length - 1, -1, -1)):
+        seen_BM = torch.zeros_like(share_BMS[..., 0])
+        for column in columns:
+            total_BMS[..., column] += seen_BM
+            seen_BM = seen_BM * (1 - p) + share_BMS[..., column]
+    return total_BMS
+
+
+def trailing_eos(samples: Samples) -> Tensor:
+    """bool [B, S]: the EOS tokens that end each sample's scored tokens, without any token between them."""
+    input_BS, is_scored_BS = samples.canvas.input_BS, samples.is_scored_BS
+    eos_ids = torch.tensor(samples.eos_ids, dtype=torch.int64, device=input_BS.device)
+    is_other_BS = is_scored_BS & ~torch.isin(input_BS, eos_ids)
+    num_later_BS = is_other_BS.flip(-1).cumsum(-1).flip(-1)
+    return is_scored_BS & (num_later_BS == 0)
+
+
+def _one_draw_per_tail(samples: Samples, uniform_BMS: Tensor) -> Tensor:
+    """The draw of the first trailing EOS decides for all of them.
+
+    Dream's public code finds the first one by counting tokens that are not EOS, which is wrong for answers with an EOS
+    inside; here it is where the run begins.
+    """
+    is_tail_BS = trailing_eos(samples)
+    first_B11 = is_tail_BS.long().argmax(-1)[:, None, None]
+    first_BM1 = uniform_BMS.gather(-1, first_B11.expand(-1, uniform_BMS.shape[1], -1))
+    return torch.where(is_tail_BS[:, None], first_BM1, uniform_BMS)
+
+
+def _edited(views: Views, samples: Samples, key: Key, noise: Noise) -> Views:
+    """Of the scored tokens that stay visible a share is replaced by other tokens; all of them are targets.
+
+    A replaced token is to be corrected, a kept one to be confirmed (LLaDA2.1's token-to-token training). A replacement
+    is uniform over the vocabulary without the token itself and the mask. Their weight is flat: it is no bound.
+    """
+    if noise.vocab_size is None:
+        raise ValueError("edits draw from the family's vocabulary, so they need an objective adapted to a family")
+    num_views = noise.num_views
+    is_visible_RS = samples.is_scored_BS[views.sample_R] & (views.noisy_RS != samples.mask_id)
+    chance_RS = corrupt.position_uniform(samples, key.fold("place"), num_views).flatten(0, 1)
+    share_RS = corrupt.position_uniform(samples, key.fold("token"), num_views).flatten(0, 1)
+    token_RS = other_token(share_RS, views.target_RS, samples.mask_id, noise.vocab_size)
+    is_replaced_RS = is_visible_RS & (chance_RS < noise.edit_rate)
+    edit_weight = torch.tensor(noise.edit_weight / num_views)
+    return dataclasses.replace(
+        views,
+        noisy_RS=torch.where(is_replaced_RS, token_RS, views.noisy_RS),
+        is_target_RS=views.is_target_RS | is_visible_RS,
+        weight_RS=torch.where(is_visible_RS, edit_weight, views.weight_RS),
+    )
+
+
+def other_token(uniform: Tensor, token: Tensor, mask_id: int, vocab_size: int) -> Tensor:
+    """int64: a token uniform over the vocabulary without `token` and the mask, from numbers uniform on [0, 1)."""
+    drawn = (uniform * (vocab_size - 2)).floor().long()
+    lower, higher = token.clamp(max=mask_id), token.clamp(min=mask_id)
+    drawn = drawn + (drawn >= lower).long()
+    return drawn + (drawn >= higher).long()

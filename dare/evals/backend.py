@@ -1,0 +1,123 @@
+"""What a model must do to be evaluated, and DARE's own models doing it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from dare.core.decode import Decode
+from dare.core.rng import Key
+from dare.core.text import Completion, Prompt
+from dare.core.types import TraceBatch
+from dare.diffusion.trace import to_completions
+from dare.evals.benchmarks.base import Style
+from dare.evals.likelihood import Likelihood, Request, log_likelihoods
+from dare.families.base import Family
+from dare.families.tokenizer import decode as decode_text
+from dare.families.tokenizer import encode_prompt, encode_text
+from dare.rollout.engine import denoise
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Continuation:
+    """A continuation to score after a prompt. Those of one document share `sample_id`, hence their masks."""
+
+    prompt: Prompt
+    text: str
+    sample_id: int
+
+
+class Backend(Protocol):
+    """A model that answers prompts and scores continuations; what it says depends on no batch."""
+
+    def generate(self, prompts: Sequence[Prompt], decode: Decode, key: Key, sample_ids: list[int]) -> list[Completion]:
+        """One completion with text per prompt; `sample_ids` key the randomness."""
+
+    def log_likelihoods(self, items: Sequence[Continuation], options: Likelihood, key: Key) -> list[float]:
+        """Log-likelihood of each continuation, nats."""
+
+    def default_style(self) -> Style:
+        """chat if prompts become messages, text if they are continued."""
+
+    def describe(self) -> dict[str, Any]:
+        """What identifies the model, as plain data: family, checkpoint, hashes, dtype, device."""
+
+
+class NativeBackend:
+    """A DARE model: the denoising engine of rollouts, and likelihoods by `dare.evals.likelihood`."""
+
+    def __init__(self, family: Family, tokenizer: Any, path: Path | None = None) -> None:
+        self.family, self.tokenizer, self.path = family, tokenizer, path
+
+    def generate(self, prompts: Sequence[Prompt], decode: Decode, key: Key, sample_ids: list[int]) -> list[Completion]:
+        ids = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
+        trace: TraceBatch = denoise(self.family, ids, decode, key, sample_ids)
+        return [
+            Completion(
+                tokens=completion.tokens,
+                text=decode_text(self.tokenizer, completion.tokens),
+                step_map=completion.step_map,
+                logp=completion.logp,
+                nfe=completion.nfe,
+                finish=completion.finish,
+            )
+            for completion in to_completions(trace)
+        ]
+
+    def log_likelihoods(self, items: Sequence[Continuation], options: Likelihood, key: Key) -> list[float]:
+        requests = [Request(*self._encode(item), item.sample_id) for item in items]
+        return log_likelihoods(self.family, requests, options, key)
+
+    def default_style(self) -> Style:
+        return "chat" if self.tokenizer.chat_template else "text"
+
+    def describe(self) -> dict[str, Any]:
+        spec = self.family.spec
+        return {
+            "family": spec.name,
+            "checkpoint": None if self.path is None else str(self.path),
+            "checkpoint_sha256": None if self.path is None else hash_files(self.path, ("*.safetensors", "config.json")),
+            "tokenizer_sha256": None
+            if self.path is None
+            else hash_files(self.path, ("tokenizer*", "vocab*", "merges*")),
+            "chat_template_sha256": _hash_template(self.tokenizer.chat_template),
+            "num_parameters": self.family.num_parameters,
+            "block_length": spec.block_length,
+            "dtype": str(self.family.dtype).removeprefix("torch."),
+            "device": str(self.family.device),
+        }
+
+    def _encode(self, item: Continuation) -> tuple[list[int], list[int]]:
+        """Context and continuation. Plain text is split where the tokens of the whole allow it, as lm-eval does."""
+        context = encode_prompt(self.tokenizer, item.prompt)
+        if item.prompt.text is not None:
+            whole = encode_text(self.tokenizer, item.prompt.text + item.text)
+            if whole[: len(context)] == context and len(whole) > len(context):
+                return context, whole[len(context) :]
+        return context, encode_text(self.tokenizer, item.text)
+
+
+def hash_files(folder: Path, patterns: Sequence[str]) -> str | None:
+    """SHA-256 over the names and contents of the files of a folder that match; None if none does."""
+    found = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+    if not found:
+        return None
+    total = hashlib.sha256()
+    for path in found:
+        total.update(path.name.encode() + b"\0" + hash_file(path).encode())
+    return total.hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hash_template(template: Any) -> str | None:
+    return None if not template else hashlib.sha256(str(template).encode()).hexdigest()
