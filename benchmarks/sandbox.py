@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import resource
 import time
 from collections import Counter
 
@@ -24,13 +25,15 @@ def main() -> None:
     programs = [Program("def f(x): return x + 1", "assert f(1) == 2")] * options.num
     for level in LEVELS:
         try:
-            start = time.perf_counter()
+            start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
             verdicts = Sandbox(level=level, is_weak_allowed=True).run_all(programs, options.workers)
         except DareError as error:
             print(f"{level:<11} not available: {error.details['got']}")
             continue
-        rate = options.num / (time.perf_counter() - start)
-        print(f"{level:<11} {rate:6.1f} small programs/s  {dict(Counter(verdict.status for verdict in verdicts))}")
+        rate, after = options.num / (time.perf_counter() - start), resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds = (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / options.num
+        counts = dict(Counter(verdict.status for verdict in verdicts))
+        print(f"{level:<11} {rate:6.1f} small programs/s, {1000 * seconds:.0f} ms of CPU time each  {counts}")
     _humaneval(options.workers)
 
 

@@ -3,10 +3,11 @@
     python benchmarks/zoo_cost.py                  # writes benchmarks/results/zoo_cost.md
     python benchmarks/zoo_cost.py --only espo
 
-Counts are rows of the network's forwards per sample in the second of two updates on one rollout (the first needs no
-pass for the old policy), read off the model while it runs with each algorithm's defaults (KL off). Memory is what an
-update needs above the state before it, each case in a fresh process; the number of views is set by the option that the
-table names, or for algorithms that replay the rollout by its number of denoising steps.
+Counts are rows of the network's forwards per sample, read off the model while it makes two updates on one rollout with
+each algorithm's defaults (KL off): for the old policy, which the first update needs no pass for, for the new one, and
+with a gradient in the first update, where nothing is clipped yet. Memory is what an update needs above the state before
+it, each case in a fresh process; the number of views is set by the option that the table names, or for algorithms that
+replay the rollout by its number of denoising steps.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ def prepare(name: str, num_steps: int, options: dict[str, Any]) -> tuple[Any, An
 
 
 def count(name: str) -> dict[str, float]:
-    """Rows of forwards without and with a gradient, per sample, of the second update on a rollout."""
+    """Rows of forwards per sample: with a gradient in the first update on a rollout, without one in the second."""
     import torch
 
     from dare.core.rng import Key
@@ -125,14 +126,14 @@ def count(name: str) -> dict[str, float]:
         engine.critic.family.network.register_forward_hook(note)
     first, second = plan_iterations(engine, algorithm, samples, Key(1), 2)
     update(engine, algorithm, samples, first)
-    planned = rows["score"]
+    planned, trained = rows["score"], rows["train"]
     rows.update(score=0, train=0)
     update(engine, algorithm, samples, second)
     views = second.views.num_views
     return {
         "views": views / NUM_SAMPLES,
         "score": rows["score"] / NUM_SAMPLES,
-        "train": rows["train"] / NUM_SAMPLES,
+        "train": trained / NUM_SAMPLES,
         "old": (planned - rows["score"])
         / NUM_SAMPLES,  # what was scored before and for the first update, less the latter
     }
@@ -190,7 +191,7 @@ def main() -> None:
         f"`python benchmarks/zoo_cost.py` on {platform.machine()}, one thread, fp32; {NUM_SAMPLES} completions of "
         f"{COMPLETION} tokens in 8 denoising steps, width 128, 2 layers, vocabulary {VOCABULARY}, one view per "
         "micro-batch. Forwards are rows per sample: for the old policy (updates after the first), for scoring the new "
-        "one, and with a gradient (views whose gradient is zero are not run). A critic's are counted in.",
+        "one, and with a gradient (on policy; views whose gradient is zero are not run). A critic's are counted in.",
         "",
         "| algorithm | views | forwards: old, new, with gradient | MiB, 1 view | MiB, 16 views | set by |",
         "|---|---:|---|---:|---:|---|",

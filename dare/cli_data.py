@@ -17,7 +17,6 @@ DataOrRecipe = Annotated[
     str, typer.Argument(metavar="FILE_OR_RECIPE", help="a data file, folder or hub id, or a recipe", show_default=False)
 ]
 Model = Annotated[str | None, typer.Option(help="checkpoint whose tokenizer and template to use")]
-TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 data_app = typer.Typer(
     help="Look at training data and check it; benchmark data.", no_args_is_help=True, rich_markup_mode=None
@@ -46,45 +45,16 @@ def inspect(
     if plot is not None and plot.suffix not in (".png", ".svg"):
         raise DareError("the plot is a .png or .svg file", where="--plot", got=plot)
     recipe = _recipe(data, model, overrides or [])
-    from rich.console import Console
-
-    from dare.cli_options import token_text
-    from dare.core.rng import Key
-    from dare.terminal.data import print_lengths, print_noise
-    from dare.terminal.rows import print_legend, print_row
-    from dare.training.data import inspect_row
-    from dare.training.inspection import inspect_data, noisy_copies, padding_of
+    from dare.terminal.data import print_inspection
+    from dare.training.inspection import inspect_data
 
     found = inspect_data(recipe, max_rows)
-    console = Console(highlight=False)
-    for row in found.rows[:num]:
-        print_row(row.uid, inspect_row(found.tokenizer, row), console)
-    print_legend(console)
-    first = next((row for row in found.rows if row.completion_ids), None)
-    if first is not None:
-        console.print(f"\nnoise on {first.uid}")
-        copies = noisy_copies(first, found.spec, TIMES, Key(recipe.seed))
-        text = token_text(found.tokenizer)
-        print_noise(TIMES, copies, len(first.prompt_ids), text, found.spec.mask_id, console)
-    lengths = {"prompt": [len(row.prompt_ids) for row in found.rows]}
-    if first is not None:
-        lengths["completion"] = [len(row.completion_ids) for row in found.rows]
-        lengths["whole row"] = [row.num_tokens for row in found.rows]
-    console.print(f"\nlengths of {'all' if found.is_whole else 'the first'} {len(found.rows)} rows")
-    for name, values in lengths.items():
-        print_lengths(name, values, console)
-    for warning in found.tally.warnings() or ["no row was skipped, dropped or cut"]:
-        console.print(warning, markup=False)
-    padding = padding_of(recipe, found.rows)
-    console.print(
-        f"padding: {100 * padding.padded_share:.1f} % of all positions in {padding.num_batches} micro-batches of an "
-        f"epoch; packed, train.pack_length={padding.pack_length}: none, in {padding.num_packs} forwards"
-    )
+    print_inspection(found, recipe, num)
     if plot is not None:
         from dare.report.lengths import save_lengths
 
-        save_lengths(lengths, Path(data).name, plot)
-        console.print(f"plot: {plot}", markup=False)
+        save_lengths(found.lengths(), Path(data).name, plot)
+        typer.echo(f"plot: {plot}")
 
 
 @data_app.command("check", short_help="Check every row and list all errors.")

@@ -62,6 +62,7 @@ def run(
       dare eval GSAI-ML/LLaDA-8B-Instruct --preset table --tasks gsm8k,humaneval --out results/llada
       dare eval compare results/llada results/sdar
     """
+    _check_pairs(preset, tasks, {"--shard": shard, "--model": published}, {"--task": task, "--recipe": recipe})
     if preset is not None or tasks is not None:
         words = [*(overrides or [])]
         words += [] if num is None else [f"task.limit={num}"]
@@ -156,6 +157,21 @@ def data_fetch(
         for origin in (benchmark.origin, benchmark.shot_origin):
             if origin is not None:
                 typer.echo(str(fetch(benchmark.name, origin)))
+
+
+def _check_pairs(
+    preset: str | None, tasks: str | None, of_benchmarks: dict[str, object], of_a_task: dict[str, object]
+) -> None:
+    """An option that would have no effect is a mistake."""
+    from dare.core.errors import DareError
+
+    is_benchmarks = preset is not None or tasks is not None
+    idle = [name for name, value in (of_a_task if is_benchmarks else of_benchmarks).items() if value is not None]
+    if idle:
+        kind = "a task, not benchmarks" if is_benchmarks else "benchmarks, which --tasks or --preset name"
+        raise DareError(
+            f"{' and '.join(idle)} is for {kind}", fix="leave it out, or choose the other kind of evaluation"
+        )
 
 
 def _run_benchmarks(

@@ -61,6 +61,9 @@ class SFTOptions(Options):
     views_per_sample: int | None = Field(None, ge=1, description="masks per sample; their loss is averaged")
     is_complementary: bool | None = Field(None, description="views come in pairs of a mask and its complement")
     is_eos_unit: bool | None = Field(None, description="the EOS tokens that end a row are masked all or none")
+    is_rate_kept: bool | None = Field(
+        None, description="masks whose realised share leaves [t_min, t_max] are drawn again; the loss is no bound then"
+    )
     focal_gamma: float | None = Field(
         None, ge=1.0, description="loss of a token times focal_alpha (1 - p)^gamma; default: off"
     )

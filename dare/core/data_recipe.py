@@ -27,7 +27,9 @@ class _Columns(Options):
         "it learnt; tokens: input_ids and labels (-100 carries no loss); default: by the columns",
     )
     columns: dict[Column, str] = Field(
-        {}, description="what the data calls a column, for example {prompt: question, completion: answer}"
+        {},
+        description="what the data calls a column, for example {prompt: question, completion: answer}; a.b is the "
+        "field b of the column a",
     )
 
 
@@ -49,7 +51,9 @@ class DataRecipe(_Columns):
     """Offline rows: a source or a mixture, or (without either) the task's training problems and answers."""
 
     path: str | None = Field(None, description="one source; default: the task's problems")
-    sources: tuple[MixedSource, ...] = Field((), description="several sources, drawn by weight, instead of path")
+    sources: tuple[MixedSource, ...] = Field(
+        (), description="several sources instead of path, drawn by weight: {path, split, format, columns, weight}"
+    )
     is_streaming: bool = Field(
         False, description="rows are read while training, in file order, shuffled within windows; never all in memory"
     )

@@ -43,16 +43,18 @@ def _fields_at(location: tuple[int | str, ...], model: type[BaseModel]) -> list[
     """Field names of the model that `location` leads to."""
     current: type[BaseModel] | None = model
     for part in location:
+        if isinstance(part, int):  # a place in a list of what the field before holds
+            continue
         field = current.model_fields.get(str(part)) if current is not None else None
         current = _model_in(field.annotation) if field is not None else None
     return list(current.model_fields) if current is not None else []
 
 
 def _model_in(annotation: object) -> type[BaseModel] | None:
-    """The pydantic model inside an annotation such as `X | None`."""
+    """The pydantic model inside an annotation such as `X | None` or `tuple[X, ...]`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, tuple, list):
         for option in typing.get_args(annotation):
             found = _model_in(option)
             if found is not None:

@@ -65,6 +65,7 @@ TASKS: dict[str, Row] = {
     "benchmark": Row(
         "dare.evals.benchmarks.task:BenchmarkTask", "a benchmark with its own data and scorer, such as gsm8k"
     ),
+    "rows": Row("dare.tasks.rows:Rows", "problems from your own data, judged by an answer column or your own function"),
     "reasoning_gym": Row("dare.tasks.reasoning_gym:ReasoningGym", "any reasoning-gym dataset, its own question text"),
 }
 

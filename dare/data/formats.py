@@ -26,15 +26,24 @@ _NEEDS: dict[RowFormat, tuple[str, ...]] = {
 
 
 def rename_columns(columns: Columns, source: RowSource, where: str) -> Columns:
-    """The columns under our names. Raises DareError if a column that the source names is not there."""
+    """The columns under our names; "a.b" is the field b of the column a. Raises DareError for one that is not there."""
     if not source.columns:
         return columns
     renamed = {name: value for name, value in columns.items() if name not in source.columns.values()}
     for ours, theirs in source.columns.items():
-        if theirs not in columns:
-            raise unknown_name("column", theirs, columns, where=where)
-        renamed[ours] = columns[theirs]
+        renamed[ours] = _column(columns, theirs, where)
     return renamed
+
+
+def _column(columns: Columns, name: str, where: str) -> Any:
+    """The column, or for "a.b" the field b of the column a."""
+    if name in columns:
+        return columns[name]
+    outer, _, inner = name.partition(".")
+    value = columns.get(outer)
+    if not inner or not isinstance(value, dict):
+        raise unknown_name("column", name, columns, where=where)
+    return _column(value, inner, where)
 
 
 def detect_format(records: Iterable[Record], source: RowSource) -> RowFormat:

@@ -12,6 +12,7 @@ Axes and keys are those of `corrupt.py`.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -23,6 +24,8 @@ from dare.diffusion.schedule import ScheduleName, find_schedule, spread_time
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_MAX_ROUNDS = 20  # of redrawing masks whose realised share is out of bounds
 
 Weighting = Literal["elbo", "uniform", "one_minus_t", "cart"]
 
@@ -41,6 +44,7 @@ class Noise:
     weight: Weighting = "elbo"
     cart_p: float = 0.1
     is_eos_unit: bool = False
+    is_rate_kept: bool = False
     edit_rate: float = 0.0
     edit_weight: float = 1.0
     vocab_size: int | None = None  # where random tokens come from; only for edit_rate > 0
@@ -60,6 +64,9 @@ def noised(samples: Samples, key: Key, noise: Noise) -> Views:
     shares_BMS = corrupt.time_shares(samples, key, scope, num_draws, is_time_per_block, noise.time_spread)
     t_BMS = spread_time(shares_BMS, noise.t_min, t_max)
     uniform_BMS = corrupt.position_uniform(samples, key.fold("mask"), num_draws)
+    if noise.is_rate_kept:
+        rounds = (corrupt.position_uniform(samples, key.fold("mask", i), num_draws) for i in range(1, _MAX_ROUNDS))
+        uniform_BMS = redrawn(samples, noise, t_BMS, uniform_BMS, rounds)
     views = masked(samples, noise, t_BMS, uniform_BMS)
     return _edited(views, samples, key.fold("edit"), noise) if noise.edit_rate > 0 else views
 
@@ -76,6 +83,28 @@ def masked(samples: Samples, noise: Noise, t_BMS: Tensor, uniform_BMS: Tensor) -
     is_masked_BMS = is_drawn_BMS & scope.is_maskable_BS[:, None]
     weight_BMS = weights(samples, noise, t_BMS, is_masked_BMS) / noise.num_views
     return corrupt.scoped_views(samples, scope, is_drawn_BMS, weight_BMS, temperature=1.0)
+
+
+def redrawn(samples: Samples, noise: Noise, t_BMS: Tensor, uniform_BMS: Tensor, rounds: Iterable[Tensor]) -> Tensor:
+    """Draws such that each unit's realised share of masks is within [t_min, t_max], as far as `rounds` last.
+
+    Units out of it draw again at the same t (BD3-LM's resampling). A bound at the end of what t may be is none: t_min
+    up to 1e-3, t_max 1. Units too short for any share within it keep their last draws.
+    """
+    scope, unit_BS = corrupt.scored_scope(samples), corrupt.unit_of(samples)
+    probability_BMS = find_schedule(noise.schedule).mask_probability(t_BMS)
+    size_B1S = corrupt.unit_sizes(unit_BS, scope.is_maskable_BS)[0][:, None]
+    lowest, highest = (noise.t_min if noise.t_min > 1e-3 else 0.0), noise.t_max
+    for again_BMS in rounds:
+        draw_BMS = _one_draw_per_tail(samples, uniform_BMS) if noise.is_eos_unit else uniform_BMS
+        is_masked_BMS = (draw_BMS < probability_BMS) & scope.is_maskable_BS[:, None]
+        num_BMS = torch.stack([corrupt.unit_sizes(unit_BS, is_masked_BMS[:, m])[0] for m in range(t_BMS.shape[1])], 1)
+        share_BMS = num_BMS.double() / size_B1S.clamp(min=1)
+        is_out_BMS = ((share_BMS < lowest) | (share_BMS > highest)) & scope.is_maskable_BS[:, None]
+        if not bool(is_out_BMS.any()):
+            break
+        uniform_BMS = torch.where(is_out_BMS, again_BMS, uniform_BMS)
+    return uniform_BMS
 
 
 def weights(samples: Samples, noise: Noise, t_BMS: Tensor, is_masked_BMS: Tensor) -> Tensor:

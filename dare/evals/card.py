@@ -131,12 +131,11 @@ def card_text(manifest: dict[str, Any]) -> str:
             f"| {name} | {percent(score['mean'])} | {percent(score['low'])} to {percent(score['high'])} | {passes} |"
         )
     lines.append("")
-    published = manifest["facts"].get("published")
-    if published is not None:
-        lines += [
-            f"Published: {published} ({manifest['facts'].get('source')}). {manifest['facts'].get('note', '')}",
-            "",
-        ]
+    facts = manifest["facts"]
+    if "published" in facts:
+        lines += [f"Published: {facts['published']} ({facts['source']}). {facts.get('note', '')}".rstrip(), ""]
+    if "published" in facts and "overridden" in facts:
+        lines += [f"Not with the published settings: {', '.join(facts['overridden'])} overridden.", ""]
     if cost:
         missing = ", ".join(f"{name} {num}" for name, num in counts["not_extracted"].items())
         lines += [

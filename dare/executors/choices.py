@@ -24,6 +24,9 @@ class Local:
     def __init__(self, options: LocalOptions) -> None:
         self.options = options
 
+    def check(self, recipe: Recipe) -> None:
+        """Every recipe runs here."""
+
     def create(self, recipe: Recipe, tokenizer: Any, *, needs_reference: bool, critic_lr: float | None) -> Engine:
         """The engine of a recipe: its checkpoint loaded, or its new model with keyed initial weights."""
         from dare.executors.local import LocalEngine
@@ -51,15 +54,16 @@ class Verl:
     def __init__(self, options: VerlOptions) -> None:
         self.options = options
 
+    def check(self, recipe: Recipe) -> None:
+        """Raises DareError for what sharded weights do not have yet: adapters, 8-bit moments."""
+        wanted = {"lora": recipe.lora is not None, "optimizer.moments": recipe.optimizer.moments == "8bit"}
+        for key in (key for key, is_wanted in wanted.items() if is_wanted):
+            raise DareError(
+                f"the verl executor has no {key}", where=key, fix=f"remove {key}, or use executor=local for it"
+            )
+
     def create(self, recipe: Recipe, tokenizer: Any, *, needs_reference: bool, critic_lr: float | None) -> Engine:
         """As `Local.create`. Raises DareError if verl is missing or the cluster has too few processes."""
-        if recipe.lora is not None:
-            raise DareError(
-                "the verl executor trains whole models, not adapters yet",
-                where="executor",
-                got="a recipe with lora",
-                fix="use executor: local, or remove lora",
-            )
         from dare.executors.verl.driver import VerlEngine
 
         return VerlEngine.create(recipe, tokenizer, self.options, needs_reference=needs_reference, critic_lr=critic_lr)

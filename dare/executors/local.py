@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from dare.families.build import build_family
 from dare.families.critic import Critic
 from dare.families.layers.moe import ExpertLoad
 from dare.families.network import Network
+from dare.families.predict import target_argmax
 from dare.families.weights import load_weights, save_family
 from dare.rollout.engine import denoise
 from dare.rollout.tree import grow_trees
@@ -164,12 +164,14 @@ class LocalEngine:
         """
         score_RS = torch.zeros(views.noisy_RS.shape)
         with torch.no_grad(), self._policy(is_reference) as family:
-            logp = partial(family.view_logp, is_packed=self.is_packed)
-            score = logp if role == "policy" else self._critic().view_value
             for part in parts:
-                found = score(*_rows(views, canvas, part if len(part) else _FIRST)).cpu()
+                chosen, rows = _rows(views, canvas, part if len(part) else _FIRST)
+                if role == "policy":
+                    found = family.view_logp(chosen, rows, is_packed=self.is_packed)
+                else:
+                    found = self._critic().view_value(chosen, rows)
                 if len(part):
-                    score_RS[part] = found
+                    score_RS[part] = found.cpu()
         return score_RS
 
     def predict_parts(self, views: Views, canvas: Canvas, parts: list[Tensor]) -> Tensor:
@@ -180,7 +182,7 @@ class LocalEngine:
                 chosen, rows = _rows(views, canvas, part if len(part) else _FIRST)
                 hidden_RTD = self.family.view_hidden(chosen, rows, is_packed=self.is_packed)
                 if len(part):
-                    token_RS[part] = self.family.target_argmax(hidden_RTD, chosen).cpu()
+                    token_RS[part] = target_argmax(self.family, hidden_RTD, chosen).cpu()
         return token_RS
 
     def replay_parts(

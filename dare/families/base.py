@@ -224,14 +224,6 @@ class Family:
         logp_RS = torch.zeros(views.noisy_RS.shape, dtype=torch.float32, device=self.device)
         return logp_RS.index_put(is_target_RT.nonzero(as_tuple=True), logp_N)
 
-    def target_argmax(self, hidden_RTD: Tensor, views: Views) -> Tensor:
-        """int64 [R, S]: the most likely token at each target from the result of `view_hidden`; 0 elsewhere."""
-        is_target_RT = views.is_target_RS[:, : hidden_RTD.shape[1]].to(self.device)
-        chunks = torch.split(hidden_RTD[is_target_RT], chunk_rows(self.spec.vocab_size))
-        token_N = torch.cat([self.row_logits(hidden_ND).argmax(-1) for hidden_ND in chunks])
-        token_RS = torch.zeros(views.noisy_RS.shape, dtype=torch.int64, device=self.device)
-        return token_RS.index_put(is_target_RT.nonzero(as_tuple=True), token_N)
-
     def aux_terms(self, hidden_RTD: Tensor, views: Views, aux: AuxLoss, entry_A: Tensor) -> Tensor:
         """float32 [A], differentiable: the terms of the entries `entry_A`, whose `view_A` are rows of these views.
 
@@ -312,7 +304,8 @@ class Family:
 
     def row_logits(self, hidden_ND: Tensor) -> Tensor:
         """float32 [N, V]: the head applied to hidden states."""
-        raw_NV = hidden_ND @ self.network.head_weight.T if self._head is None else self._head(hidden_ND)
+        head = self._head  # read once: a rollout of another thread may end meanwhile
+        raw_NV = hidden_ND @ self.network.head_weight.T if head is None else head(hidden_ND)
         scale = self.network.logit_scale
         return raw_NV.float() if scale == 1.0 else raw_NV.float() * scale
 

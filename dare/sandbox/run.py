@@ -121,6 +121,8 @@ def _run(program: Program, limits: Limits, level: Level) -> Verdict:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             raise
+    if process.returncode == -signal.SIGKILL:
+        return Verdict("timeout", "wall time, and the warden did not answer", output)
     return _verdict(said, nonce, output, is_over, level)
 
 

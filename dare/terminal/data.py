@@ -1,4 +1,4 @@
-"""Training data on a terminal: a row under noise, how long rows are, what was left out."""
+"""Training data on a terminal: rows and what carries loss, noise, how long rows are, what was left out."""
 
 from __future__ import annotations
 
@@ -8,13 +8,42 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 from rich.text import Text
 
+from dare.core.recipe import Recipe
+from dare.core.rng import Key
+from dare.terminal.rows import print_legend, print_row
 from dare.terminal.text import visible
+from dare.training.data import inspect_row
+from dare.training.inspection import Inspection, noisy_copies, padding_of
 
+TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 _MASKED = "░"
 _BAR = "█"
 _PARTS = " ▏▎▍▌▋▊▉"
 _NUM_BINS = 12
 _BAR_WIDTH = 40
+
+
+def print_inspection(found: Inspection, recipe: Recipe, num: int, console: Console | None = None) -> None:
+    """`num` rows, noise on the first one that has a completion, and what is known of all of them."""
+    console = console or Console(highlight=False)
+    for row in found.rows[:num]:
+        print_row(row.uid, inspect_row(found.tokenizer, row), console)
+    print_legend(console)
+    noisy = next((row for row in found.rows if row.completion_ids), None)
+    if noisy is not None:
+        console.print(f"\nnoise on {visible(noisy.uid)}", markup=False)
+        copies = noisy_copies(noisy, found.spec, TIMES, Key(recipe.seed))
+        print_noise(TIMES, copies, len(noisy.prompt_ids), found.token_text, found.spec.mask_id, console)
+    console.print(f"\nlengths of {'all' if found.is_whole else 'the first'} {len(found.rows)} rows")
+    for name, values in found.lengths().items():
+        print_lengths(name, values, console)
+    for warning in found.tally.warnings() or ["no row was skipped, dropped or cut"]:
+        console.print(warning, markup=False)
+    padding = padding_of(recipe, found.rows)
+    console.print(
+        f"padding: {100 * padding.padded_share:.1f} % of all positions in {padding.num_batches} micro-batches of an "
+        f"epoch; packed, train.pack_length={padding.pack_length}: none, in {padding.num_packs} forwards"
+    )
 
 
 def print_noise(

@@ -221,7 +221,8 @@ def benchmark_line(task: str, manifest: Mapping[str, Any] | None) -> str:
     missing = next(iter(counts.get("not_extracted", {}).values()), 0)
     extra += [f"{missing} without an answer"] if missing else []
     published = manifest["facts"].get("published")
-    extra += [f"published {published}"] if published is not None else []
+    overridden = " with other settings" if "overridden" in manifest["facts"] else ""
+    extra += [f"published {published}{overridden}"] if published is not None else []
     return "  ".join([f"{task}:", *scores, *extra])
 
 

@@ -22,7 +22,7 @@ from dare.data.read import Tally, iterate_rows
 from dare.data.rows import AnyRow, EncodedRow, Messages, PairRow, Row
 from dare.diffusion import corrupt
 from dare.families.build import family_spec
-from dare.families.tokenizer import encode_prompt
+from dare.families.tokenizer import decode, encode_prompt
 from dare.tasks.base import Task
 from dare.training.data import RowEncoder
 from dare.training.feed import text_sources
@@ -44,6 +44,18 @@ class Inspection:
     rows: list[EncodedRow]
     tally: Tally
     is_whole: bool
+
+    def token_text(self, token: int) -> str:
+        """How a token reads, special ones too."""
+        return decode(self.tokenizer, [token], has_special=True)
+
+    def lengths(self) -> dict[str, list[int]]:
+        """Tokens of each row's parts; of prompts alone only of those."""
+        prompts = [len(row.prompt_ids) for row in self.rows]
+        if not any(row.completion_ids for row in self.rows):
+            return {"prompt": prompts}
+        completions = [len(row.completion_ids) for row in self.rows]
+        return {"prompt": prompts, "completion": completions, "whole row": [row.num_tokens for row in self.rows]}
 
 
 @dataclass(frozen=True)

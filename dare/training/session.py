@@ -31,8 +31,14 @@ from dare.training.checkpoint import TrainerState, list_checkpoints, read_state,
 from dare.training.trackers import Tracker, build_trackers
 
 _LOGS = ("metrics", "timing", "eval", "samples")
-_FREE_IN_TRAIN = ("steps", "micro_batch_views", "pack_length")
-_MAY_CHANGE = (("executor",), ("log",), ("checkpoint",), *(("train", key) for key in _FREE_IN_TRAIN))
+_MAY_CHANGE = (
+    ("executor",),
+    ("log",),
+    ("checkpoint",),
+    ("train", "steps"),
+    ("train", "micro_batch_views"),
+    ("train", "pack_length"),
+)
 
 
 class Reporter(Protocol):

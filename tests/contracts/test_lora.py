@@ -16,11 +16,13 @@ from torch.nn import functional
 
 import dare
 from dare.core.checks import check
+from dare.core.engine import Engine
 from dare.core.errors import DareError
 from dare.core.lora_recipe import LoraRecipe
-from dare.core.recipe import parse_recipe
+from dare.core.recipe import Recipe, parse_recipe
 from dare.core.registry import ALGORITHMS, FAMILIES, resolve
 from dare.core.rng import Key
+from dare.executors.choices import Local
 from dare.executors.local import LocalEngine
 from dare.families.adapter_files import read_adapter
 from dare.families.base import Family
@@ -281,11 +283,16 @@ class Observed(LocalEngine):
         return super().step(role)
 
 
+class ObservedChoice(Local):
+    def create(self, recipe: Recipe, tokenizer: Any, *, needs_reference: bool, critic_lr: float | None) -> Engine:
+        return Observed.create(recipe, tokenizer, needs_reference=needs_reference, critic_lr=critic_lr)
+
+
 def recipe_of(algorithm: str, checkpoint: Path, **changes: Any) -> dict[str, Any]:
     online = resolve("algorithms", algorithm).kind == "online"
     return {
         "name": "lora",
-        "executor": f"{__name__}:Observed",
+        "executor": f"{__name__}:ObservedChoice",
         "model": {"path": str(checkpoint)},
         "lora": {"rank": 2},
         "algorithm": {"name": algorithm},

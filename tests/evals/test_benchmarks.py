@@ -207,7 +207,9 @@ def test_preset_mistakes_are_named(tmp_path: Path) -> None:
     with pytest.raises(DareError, match="unknown published model") as caught:
         plan("paper", [], family="llada", checkpoint="runs/rl")
     assert "--model" in str(caught.value)
-    assert plan("paper", ["gsm8k"], family="llada", checkpoint="runs/rl", model="LLaDA-8B-Base")[0].task == "gsm8k"
+    planned = plan("paper", ["gsm8k"], family="llada", checkpoint="runs/rl", model="LLaDA-8B-Base")[0]
+    assert (planned.task, planned.facts["published"], planned.settings.num_shots) == ("gsm8k", 70.3, 4)
+    assert "overridden" not in planned.facts
     with pytest.raises(DareError, match="unknown task of preset table 'gsm8'"):
         plan("table", ["gsm8"], family="llada", checkpoint="x")
     with pytest.raises(DareError, match="unknown preset 'tabel'"):

@@ -28,7 +28,8 @@ def test_benchmarks_run_compare_and_tabulate(ascii_checkpoints: dict[str, Path],
     printed = dare("eval", "run", checkpoint, *words, "--json", "--out", tmp_path / "b", "--seed", 1)
     manifest = json.loads(printed.stdout)["gsm8k"]
     assert manifest["identity"]["num_documents"] == 3
-    assert manifest["facts"] == {"preset": "table"}
+    assert manifest["facts"]["preset"] == "table"
+    assert "gen_length" in manifest["facts"]["overridden"]
     compared = dare("eval", "compare", tmp_path / "a", tmp_path / "b")
     assert "settings.seed | 0 | 1" in compared.stdout
     table = dare("eval", "table", tmp_path / "a", tmp_path / "b")
@@ -52,6 +53,8 @@ def test_shards_of_the_command_line(ascii_checkpoints: dict[str, Path], data: Pa
         (["--preset", "paper"], "unknown published model"),
         (["--preset", "paper", "--model", "SDAR-8B-Chat"], "another family"),
         (["--tasks", "gsm8k", "--shard", "2/2"], "a shard is NUMBER/COUNT"),
+        (["--tasks", "gsm8k", "--task", "countdown"], "--task is for a task"),
+        (["--task", "countdown", "--shard", "0/2"], "--shard is for benchmarks"),
         (["--tasks", "gsm8k", "steps=3"], "unknown key"),
         (["--tasks", "gsm8k", "task.shots=3"], "unknown key"),
         (["--tasks", "gsm8k", "gen_length=9000"], "longer than the model"),

@@ -26,6 +26,7 @@ from dare.diffusion.schedule import find_schedule, spread_time, stratum
 from dare.diffusion.supervised import Noise
 from dare.families.base import Family
 from dare.families.layers.moe import Experts
+from dare.families.predict import target_argmax
 from dare.objectives.entropy import entropy
 from tests.golden_checkpoints import load_golden
 
@@ -223,6 +224,22 @@ def test_low_discrepancy_times(name: str) -> None:
     assert torch.equal(tensors["mask_uniform"] < p_BS, tensors["masked"])
 
 
+@pytest.mark.parametrize("name", ["resample_both", "resample_upper_only", "resample_lower_only"])
+def test_masks_out_of_their_band_are_drawn_again(name: str) -> None:
+    """Their rounds of draws, block by block; where none is left our last draws are theirs."""
+    facts, tensors = case("bd3lm_sampling", name)
+    rounds = tensors["uniforms"].double()
+    every_BS = torch.ones((facts["batch"], facts["n"]), dtype=torch.bool)
+    samples = samples_of({"input_ids": every_BS.long()}, every_BS, block_length=facts["block_size"])
+    noise = Noise(t_min=facts["t_min"], t_max=facts["t_max"], is_rate_kept=True)
+    t_BMS = tensors["t"].double()[:, None]
+    uniform_BMS = supervised.redrawn(samples, noise, t_BMS, rounds[0][:, None], [r[:, None] for r in rounds[1:]])
+    views = supervised.masked(samples, noise, t_BMS, uniform_BMS)
+    assert torch.equal(views.is_target_RS, tensors["masked"])
+    share_BK = views.is_target_RS.view(facts["batch"], -1, facts["block_size"]).double().mean(-1)
+    torch.testing.assert_close(share_BK, tensors["fraction"].double(), rtol=0, atol=1e-6)
+
+
 # 3. Dream: time reweighting, focal factor, trailing EOS as one unit
 
 DREAM = [name for name, facts in load("dream_sft")[0].items() if "loss" in facts]
@@ -318,7 +335,7 @@ def test_llada2_with_confidence_from_the_checkpoint(name: str, monkeypatch: pyte
     family = load_golden("llada2_0")
     canvas = samples.canvas.rows(views.sample_R)
     with torch.no_grad():
-        token_RS = family.target_argmax(family.view_hidden(views, canvas), views)
+        token_RS = target_argmax(family, family.view_hidden(views, canvas), views)
     views = algorithm.with_predictions(views, samples, token_RS)
     assert torch.equal(views.is_target_RS & (token_RS == views.target_RS), tensors["correct"])
     hidden_RTD = family.view_hidden(views, canvas)

@@ -10,12 +10,14 @@ import torch
 
 from dare.core.decode import Decode
 from dare.core.recipe import parse_recipe
+from dare.core.reward_recipe import RewardRecipe
 from dare.core.rng import Key
 from dare.core.text import Prompt, Reward
 from dare.core.types import Samples, Views
 from dare.diffusion.trace import scored_mask, to_completions
 from dare.evals.runner import Scored
 from dare.families.base import Family
+from dare.rewards.mix import RewardMix
 from dare.rollout.engine import denoise
 from dare.training.mismatch import is_rollout_state, mismatch
 from dare.training.online import build_samples
@@ -36,7 +38,7 @@ def rollout(family: Family, **changes: Any) -> Samples:
         Scored(Prompt(uid=str(row), text=""), completion, "", Reward(float(row % 2), row % 2 == 1), [])
         for row, completion in enumerate(to_completions(trace))
     ]
-    samples = build_samples(algorithm_of("cj_grpo"), trace, scored, 2)
+    samples = build_samples(algorithm_of("cj_grpo"), trace, scored, 2, RewardMix(RewardRecipe(), 8))
     assert torch.equal(samples.is_scored_BS, scored_mask(trace))
     return samples
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +22,9 @@ from dare.data.rows import EncodedRow
 from dare.diffusion import corrupt
 from dare.executors.local import LocalEngine
 from dare.families.base import Family
+from dare.terminal.progress import NullReporter
 from dare.training.offline import rows_to_samples
+from dare.training.run import train
 from dare.training.update import plan_iterations, update
 from tests.conftest import tiny_family
 
@@ -153,3 +157,33 @@ def test_padding_share_counts_what_the_longest_row_costs() -> None:
     assert padding_share([4, 2, 1], [[0], [1, 2]]) == pytest.approx(1 / 8)
     assert padding_share([4, 2, 1], [[0], [1], [2]]) == 0.0
     assert padding_share([], []) == 0.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "algorithm",
+    [{"name": "espo", "num_mc": 2}, {"name": "dtreerpo", "branching": [2, 2]}, {"name": "tracerl_value"}],
+    ids=lambda algorithm: algorithm["name"],
+)
+@pytest.mark.parametrize("family", ["llada", "sdar"])
+def test_rl_steps_are_the_same_packed(algorithm: dict[str, Any], family: str, tmp_path: Path) -> None:
+    """Ratios, a loss on logits and a critic: everything that an engine replays."""
+    create = {"family": family, "hidden_size": 16, "num_layers": 1, "num_heads": 2, "mlp_size": 16, "block_length": 4}
+    found = []
+    for name, train_options in (("padded", {"micro_batch_views": 3}), ("packed", {"pack_length": 40})):
+        content = {
+            "name": name,
+            "model": {"create": create},
+            "algorithm": algorithm,
+            "task": {"name": "chain_sum", "max_digits": 3},
+            "decode": {"gen_length": 8, "block_length": 4, "steps_per_block": 2, "temperature": 1.0},
+            "evaluation": {"at_start": False, "num": 4},
+            "train": {"steps": 2, "prompts_per_step": 3, "completions_per_prompt": 4, **train_options},
+        }
+        train(parse_recipe(content, where="test"), tmp_path / name, NullReporter())
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        found.append([json.loads(line) for line in lines])
+    for padded, packed in zip(*found, strict=True):
+        assert packed.keys() == padded.keys()
+        for key in padded.keys() - {"replay_gap"}:
+            assert packed[key] == pytest.approx(padded[key], rel=1e-4, abs=1e-6), key

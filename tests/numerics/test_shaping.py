@@ -301,12 +301,17 @@ def test_clip_presets_are_their_intervals(preset: Any, low: float, high: float) 
         explicit = kind(options(beta=0.0, eps=low, eps_high=high))
         views = named.corrupt(samples, Key(0))
         old_RS = toy.view_logp(views, samples.canvas, toy.OLD)
-        new_RS = toy.view_logp(views, samples.canvas, toy.NEW)
+        # Ratios of 1.25 where the advantage is positive and of 0.76 where it is negative lie between 0.2 and 0.28.
+        moved_R1 = torch.where(samples.advantage_B > 0, 0.22, -0.27)[views.sample_R, None]
+        new_RS = old_RS + moved_R1 * views.is_target_RS
         (value, grad_RS), (expected, expected_RS) = (
             loss_and_grad(algorithm, new_RS, old_RS, views, samples) for algorithm in (named, explicit)
         )
         assert value == expected
         assert torch.equal(grad_RS, expected_RS)
+        if kind is not ESPO:  # whose masks weigh the same move by how many tokens they happen to hide
+            is_moved_B = [bool((grad_RS[views.sample_R == row] != 0).any()) for row in range(2)]
+            assert is_moved_B == [high > 0.22, False]
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])

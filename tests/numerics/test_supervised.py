@@ -204,6 +204,20 @@ def test_rates_stay_in_their_band() -> None:
     assert float(rate_R.mean()) == pytest.approx(0.55, abs=0.05)
 
 
+def test_kept_rates_are_within_their_band_in_every_block() -> None:
+    """Blocks of ten tokens; the draws of a sample stay its own, and one token can be nothing but out of the band."""
+    samples = toy.make_samples([[0] * 30] * 50 + [[0]], block_length=10)
+    views = sft(t_min=0.3, t_max=0.7, is_rate_kept=True).corrupt(samples, Key(1))
+    share_RK = views.is_target_RS[:50, 1:31].view(50, 3, 10).double().mean(-1)
+    assert float(share_RK.min()) >= 0.3 - 1e-9
+    assert float(share_RK.max()) <= 0.7 + 1e-9
+    alone = toy.make_samples([[0] * 30], block_length=10, sample_ids=[7])
+    own = sft(t_min=0.3, t_max=0.7, is_rate_kept=True).corrupt(alone, Key(1))
+    assert torch.equal(own.is_target_RS[0], views.is_target_RS[7])
+    free = sft(t_min=0.3, t_max=0.7).corrupt(samples, Key(1))
+    assert not torch.equal(free.is_target_RS, views.is_target_RS)
+
+
 def test_the_trailing_eos_is_one_unit() -> None:
     """All or none of the run, never an EOS inside the answer, and the rest as without the option."""
     samples = dataclasses.replace(toy.make_samples([[0, 1, 2, 1, 1, 1]] * 300), eos_ids=(1,))

@@ -18,6 +18,7 @@ from dare.core.recipe import Recipe, parse_recipe
 from dare.core.registry import ALGORITHMS, resolve
 from dare.core.rng import Key
 from dare.core.types import AuxLoss, Samples, Views
+from dare.diffusion import corrupt
 from dare.executors.local import LocalEngine
 from dare.families.base import Family
 from dare.training.update import plan_iterations, update
@@ -153,6 +154,38 @@ def test_an_update_does_not_depend_on_micro_batches(families: dict[str, Family],
     for metrics in results[1:]:
         assert metrics["loss"] == pytest.approx(results[0]["loss"], rel=1e-5, abs=1e-6)
         assert metrics["grad_norm"] == pytest.approx(results[0]["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("family_name", ["llada", "sdar"])
+def test_predictions_are_the_most_likely_tokens(families: dict[str, Family], family_name: str) -> None:
+    """At targets, however the views are divided; a part without views counts for nothing."""
+    family = families[family_name]
+    engine, samples = _engine(family, _recipe("sft", micro_batch_views=2)), _samples(family)
+    views = corrupt.bernoulli(samples, Key(0), num_views=2)
+    hidden_RTD = family.view_hidden(views, samples.canvas.rows(views.sample_R))
+    expected_RS = (hidden_RTD @ family.network.head_weight.T).argmax(-1) * views.is_target_RS
+    assert torch.equal(engine.predict(views, samples), expected_RS)
+    parts = [torch.arange(5), torch.arange(0), torch.arange(5, views.num_views)]
+    assert torch.equal(engine.predict_parts(views, samples.canvas, parts), expected_RS)
+
+
+def test_training_on_own_drafts_and_confidence(families: dict[str, Family]) -> None:
+    """Both ask for predictions; views multiply, the entropy is reported, and a step lowers the loss of its views."""
+    family = families["sdar"]
+    recipe = _recipe("sft", micro_batch_views=4)
+    options = {"name": "sft", "preset": "llada2_edit", "draft_turns": 2, "confidence_weight": 1.0}
+    algorithm = recipe.algorithm.model_validate(options).build().adapted(family.spec)
+    engine, samples = _engine(family, recipe), _samples(family)
+    (iteration,) = plan_iterations(engine, algorithm, samples, Key(0), 1)
+    assert iteration.views.num_views == 3 * samples.canvas.batch_size
+    assert iteration.views.predicted_RS is not None
+    first = update(engine, algorithm, samples, iteration)
+    for _ in range(5):
+        last = update(engine, algorithm, samples, iteration)
+    assert last["loss"] < first["loss"]
+    assert first["nll_visible"] > 0
+    has_right = bool((iteration.views.predicted_RS == iteration.views.target_RS).any())
+    assert ("confidence" in first) == has_right
 
 
 @pytest.mark.parametrize("name", RATIO)

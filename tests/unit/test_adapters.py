@@ -58,6 +58,14 @@ def test_an_adapter_needs_a_checkpoint_under_it() -> None:
     check(parse_recipe(recipe_data(), where="test"))
 
 
+@pytest.mark.parametrize(("key", "value"), [("lora", {}), ("optimizer", {"moments": "8bit"})])
+def test_sharded_weights_have_no_adapters_yet(key: str, value: dict[str, Any]) -> None:
+    data = recipe_data(**{"lora": None, key: value})
+    check(parse_recipe(data, where="test"))
+    with pytest.raises(DareError, match=rf"the verl executor has no {key}.*\n.*\n  fix: remove {key}"):
+        check(parse_recipe({**data, "executor": "verl"}, where="test"))
+
+
 @pytest.mark.parametrize(
     ("family", "target", "close"),
     [

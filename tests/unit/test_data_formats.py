@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from dare.core.data_recipe import DataRecipe, RowSource
 from dare.core.errors import DareError
+from dare.core.recipe import parse_recipe
 from dare.data.formats import detect_format
 from dare.data.read import Tally, load_rows
 from dare.data.rows import PairRow, PreferencePair, Row, TextRow
@@ -357,3 +358,9 @@ def test_the_format_is_that_of_most_rows() -> None:
     assert detected([{"text": "t"}, {"messages": []}, {"input_ids": [1], "labels": [1]}, {"x": 1}]) == "messages"
     with pytest.raises(DareError, match="no known columns"):
         detected([{"chosen": "a"}, {"rejected": "b"}])
+
+
+def test_a_misspelt_key_of_a_source_is_told_the_right_one() -> None:
+    content = {"data": {"sources": [{"path": "a.jsonl"}, {"path": "b.jsonl", "wieght": 2}]}}
+    with pytest.raises(DareError, match=r"data\.sources\.1\.wieght: unknown key; did you mean 'weight'"):
+        parse_recipe({"name": "r", "model": {"path": "m"}, "algorithm": "sft", **content}, where="r.yaml")

@@ -54,6 +54,20 @@ def test_pairs_train_every_preference_algorithm(algorithm: str, tmp_path: Path) 
     assert lines[1]["chosen_reward"] != 0.0
 
 
+@pytest.mark.parametrize("algorithm", ["vrpo", "dpo", "ipo", "kto", "dtrpo"])
+def test_reward_accuracy_rises(algorithm: str, tmp_path: Path) -> None:
+    """Over the last ten steps, 80 pairs of fresh draws: chance is 0.5 with a standard deviation of 0.056."""
+    recipe = recipe_of(write(tmp_path / "pairs.jsonl", PAIRS), algorithm)
+    changes = {
+        "train": recipe.train.model_copy(update={"steps": 30, "batch_size": 8}),
+        "optimizer": recipe.optimizer.model_copy(update={"lr": 2e-2}),
+    }
+    lines = run(recipe.model_copy(update=changes), tmp_path / "run")
+    last = lines[-10:]
+    assert sum(line["reward_accuracy"] for line in last) / len(last) > 0.67
+    assert sum(line["chosen_reward"] - line["rejected_reward"] for line in last) > 0
+
+
 def test_good_and_bad_completions_need_no_pairs(tmp_path: Path) -> None:
     path = write(tmp_path / "labelled.jsonl", LABELLED)
     lines = run(recipe_of(path, "kto"), tmp_path / "run")

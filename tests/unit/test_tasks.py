@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,11 +24,13 @@ from dare.tasks.countdown import Countdown
 from dare.tasks.mini_sudoku import MiniSudoku
 
 SMALL = {"train_size": 60, "eval_size": 20}
+PROBLEMS = Path(__file__).parents[1] / "golden" / "rows" / "problems.jsonl"
 TASK_OPTIONS: dict[str, dict[str, Any]] = {
     "countdown": SMALL,
     "chain_sum": SMALL,
     "mini_sudoku": SMALL,
     "reasoning_gym": {**SMALL, "dataset": "spell_backward"},
+    "rows": {**SMALL, "path": str(PROBLEMS), "columns": {"prompt": "question"}, "scorer": "number"},
 }
 COMPACT = ["countdown", "chain_sum", "mini_sudoku"]
 HOSTILE = [

@@ -16,8 +16,10 @@ from pydantic import Field
 from dare.core.errors import DareError, unknown_name
 from dare.core.text import Prompt, Reward
 from dare.evals.benchmarks.base import Document
+from dare.evals.benchmarks.programs import ProgramBenchmark
 from dare.evals.benchmarks.rows import find_data, parse_rows
 from dare.evals.benchmarks.table import find_benchmark
+from dare.sandbox.run import Sandbox
 from dare.tasks.base import SPLITS, Task, TaskOptions
 
 
@@ -26,6 +28,9 @@ class BenchmarkTaskOptions(TaskOptions):
 
     benchmark: str = Field(description="a row of the table of benchmarks, such as gsm8k")
     style: Literal["chat", "text"] = Field("chat", description="chat: messages; text: for models without a template")
+    allow_weak_sandbox: bool = Field(
+        False, description="run the model's programs where the kernel refuses namespaces; they can read your files"
+    )
 
 
 class BenchmarkTask(Task[BenchmarkTaskOptions]):
@@ -40,6 +45,8 @@ class BenchmarkTask(Task[BenchmarkTaskOptions]):
     def __init__(self, options: BenchmarkTaskOptions, seed: int) -> None:
         super().__init__(options, seed)
         self._benchmark = find_benchmark(options.benchmark)
+        if isinstance(self._benchmark, ProgramBenchmark) and options.allow_weak_sandbox:
+            self._benchmark.sandbox = Sandbox(is_weak_allowed=True)
 
     def size(self, split: str) -> int:
         if split not in SPLITS:

@@ -82,4 +82,4 @@ def packed_linears(network: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module in changed:
-            del module.forward
+            vars(module).pop("forward", None)  # gone already if another thread's rollout ended first
