@@ -6,6 +6,7 @@ weights, and how the base was quantised; peft ignores both, `read_adapter` retur
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from dare.families.lora import Adapter, Base
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+_NOTES = "dare"  # our entry in the metadata of the weights
 _DIGEST = "base_weights_sha256"
 _QUANTIZED = "base_quantization"
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
@@ -105,11 +107,9 @@ def write_adapter(adapter: Adapter, directory: Path) -> None:
     }
     if excluded := adapter.exclude_modules():
         config["exclude_modules"] = excluded
-    metadata = {"format": "pt"}
-    if base is not None and base.digest is not None:
-        metadata[_DIGEST] = base.digest
-    if recipe.quantize_base is not None:
-        metadata[_QUANTIZED] = recipe.quantize_base
+    notes = {_DIGEST: base.digest if base is not None else None, _QUANTIZED: recipe.quantize_base}
+    # One entry: safetensors writes several in an order of its own, and equal adapters are equal files.
+    metadata = {_NOTES: json.dumps({key: value for key, value in notes.items() if value is not None}, sort_keys=True)}
     path = directory / WEIGHTS_NAME
     try:
         save_file(tensors, path, metadata=metadata)
@@ -211,8 +211,8 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
+            metadata = json.loads((file.metadata() or {}).get(_NOTES, "{}"))
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise DareError(
             "the adapter's weights cannot be read",
             where=str(path),

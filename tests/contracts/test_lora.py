@@ -317,8 +317,14 @@ def test_every_algorithm_trains_the_adapter_alone(
 ) -> None:
     options = resolve("algorithms", algorithm).Config.model_fields
     data = recipe_of(algorithm, tiny_checkpoints[family_name])
-    if "beta" in options:
+    if "beta" in options and resolve("algorithms", algorithm).kind == "online":
         data["algorithm"]["beta"] = 0.05  # so that there is a reference
+    if "min_reward" in options:
+        data["algorithm"]["min_reward"] = 0.0
+    if resolve("algorithms", algorithm).row_kind != "completions":
+        pairs = [{"prompt": f"{n}=", "chosen": "24", "rejected": f"{n}7"} for n in range(10, 18)]
+        (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+        data["data"] = {"path": str(tmp_path / "pairs.jsonl")}
     Observed.engines.clear()
     summary = train(parse_recipe(data, where="test"), tmp_path / "run", NullReporter())
     (engine,) = Observed.engines
