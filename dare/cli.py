@@ -9,6 +9,8 @@ import typer
 from typer.core import TyperGroup
 
 from dare.cli_average import average
+from dare.cli_bench import bench_app
+from dare.cli_bulk import bulk_generate
 from dare.cli_compare import compare
 from dare.cli_data import data_app
 from dare.cli_eval import data_fetch, data_path, eval_app
@@ -62,6 +64,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 app.add_typer(data_app, name="data")
+app.add_typer(bench_app, name="bench")
 
 
 def main() -> None:
@@ -110,6 +113,7 @@ def generate(
     prompt: Annotated[list[str] | None, typer.Option(help="text; repeatable")] = None,
     prompt_ids: Annotated[list[str] | None, typer.Option(help='token ids, "1,2,3"; repeatable')] = None,
     file: Annotated[Path | None, typer.Option(help='JSON lines: {"prompt": ...} or {"prompt_ids": [...]}')] = None,
+    out: Annotated[Path | None, typer.Option(help="with --file: JSON lines to write; resumes what is there")] = None,
     is_chat: Annotated[bool, typer.Option("--chat", help="send text as a user message")] = False,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     is_traced: Annotated[bool, typer.Option("--trace", help="show the canvas filling, step by step")] = False,
@@ -121,7 +125,8 @@ def generate(
 ) -> None:
     """Generate: one completion per prompt, greedy unless temperature says otherwise.
 
-    Without options, a checkpoint of a run decodes as that run is evaluated.
+    Without options, a checkpoint of a run decodes as that run is evaluated. With --out every completion is written as
+    soon as it is there; the same command continues a run that was stopped or killed.
 
     \b
     Examples:
@@ -129,9 +134,15 @@ def generate(
       dare generate GSAI-ML/LLaDA-8B-Instruct --chat --prompt "Who are you?" gen_length=64 block_length=32
       dare generate runs/rl --file prompts.jsonl temperature=1.0 --seed 1 --json
       dare generate runs/rl --prompt "3 5 7>22=" --save-trace trace.safetensors
+      dare generate runs/rl --file prompts.jsonl --out completions.jsonl temperature=1.0
     """
     from dare.terminal.settings import generation_options, read_prompts
 
+    if out is not None:
+        if file is None or prompt or prompt_ids or is_traced:
+            raise DareError("--out writes the completions of a file", where="--out", fix="give --file and no prompts")
+        bulk_generate(checkpoint, file, out, overrides or [], is_chat=is_chat, seed=seed, device=device, dtype=dtype)
+        return
     prompts = read_prompts(prompt or [], prompt_ids or [], file, is_chat=is_chat)
     decode = generation_options(checkpoint, overrides or [])
     model = load_model(checkpoint, device, dtype, base)

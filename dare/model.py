@@ -106,13 +106,7 @@ class Model:
             raise explain(error, Decode, where="generate", what="the decode options are") from None
         if isinstance(prompts, str):
             raise DareError("prompts is a list", got="one string", fix="model.generate([text], ...)")
-        ids = [self._encode(prompt) for prompt in prompts]
-        seen: Counter[tuple[int, ...]] = Counter()
-        sample_ids = []
-        for row in ids:
-            content = tuple(row)
-            sample_ids.append(stable_id("prompt", *content, "copy", seen[content]))
-            seen[content] += 1
+        ids = [self.encode(prompt) for prompt in prompts]
         key = Key(seed).fold("generate")
         num_alternatives = NUM_ALTERNATIVES if trace_file is not None else 0
         trace = denoise(
@@ -120,7 +114,7 @@ class Model:
             ids,
             options,
             key,
-            sample_ids,
+            sample_ids_of(ids),
             num_alternatives=num_alternatives,
             on_step=on_step,
             on_progress=on_progress,
@@ -128,7 +122,7 @@ class Model:
         if trace_file is not None:
             piece = partial(token_piece, self.tokenizer)
             save_trace(Path(trace_file), trace, spec=self.family.spec, decode=options, piece=piece)
-        return [self._with_text(completion) for completion in to_completions(trace)]
+        return [self.with_text(completion) for completion in to_completions(trace)]
 
     def log_likelihood(
         self, context: str | Sequence[int], completion: str | Sequence[int], num_samples: int = 128, seed: int = 0
@@ -138,7 +132,7 @@ class Model:
         Exact-count masks stratified over all `num_samples` draws (LLaDA, Nie et al. 2025, eq. 6; block models: the
         sum of block ELBOs); an exact value for one token. See `dare.evals.likelihood`.
         """
-        context_ids = self._encode(context)
+        context_ids = self.encode(context)
         if isinstance(completion, str):
             completion_ids = encode_completion(self._require_tokenizer(), completion)
         else:
@@ -156,7 +150,8 @@ class Model:
                 self.tokenizer.save_pretrained(temporary)
         return Path(path)
 
-    def _encode(self, prompt: PromptLike) -> list[int]:
+    def encode(self, prompt: PromptLike) -> list[int]:
+        """Token ids of a prompt in any of its forms."""
         if isinstance(prompt, str):
             return encode_prompt(self._require_tokenizer(), Prompt(uid="", text=prompt))
         items = list(prompt)
@@ -165,7 +160,8 @@ class Model:
             return encode_prompt(self._require_tokenizer(), Prompt(uid="", messages=messages))
         return [int(item) for item in items]  # type: ignore[call-overload]
 
-    def _with_text(self, completion: Completion) -> Completion:
+    def with_text(self, completion: Completion) -> Completion:
+        """The completion with its text, where there is a tokenizer."""
         if self.tokenizer is None:
             return completion
         text = decode_text(self.tokenizer, completion.tokens)
@@ -182,3 +178,14 @@ class Model:
         if self.tokenizer is None:
             raise DareError("this checkpoint has no tokenizer", fix="give token ids instead of text or messages")
         return self.tokenizer
+
+
+def sample_ids_of(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """What names the random numbers of each prompt of a call: its tokens, and its place among equal ones."""
+    seen: Counter[tuple[int, ...]] = Counter()
+    sample_ids = []
+    for prompt in prompts:
+        content = tuple(prompt)
+        sample_ids.append(stable_id("prompt", *content, "copy", seen[content]))
+        seen[content] += 1
+    return sample_ids

@@ -21,7 +21,7 @@ UnmaskPolicy = Literal[
     "factor",
     "entropy_bound",
 ]
-ScheduleName = Literal["even", "timesteps", "carried"]
+ScheduleName = Literal["even", "timesteps", "carried", "ascending"]
 Compat = Literal["sampled_scores", "eos_inside_block"]
 _THRESHOLD_POLICIES = ("threshold", "capped_threshold")
 _RANKED_POLICIES = ("low_confidence", "max_prob", "entropy", "margin")  # a quota of the best
@@ -38,12 +38,14 @@ class Decode(Options):
 
     gen_length: int = Field(128, ge=1, description="completion positions; block models round up to whole blocks")
     block_length: int | None = Field(None, ge=1, description="positions denoised together; default: the family's")
-    steps_per_block: int | None = Field(None, ge=1, description="fixed schedule; default: one token per step")
+    steps_per_block: int | None = Field(
+        None, ge=1, description="fixed schedule; default: one token per step, log2(block length) steps if ascending"
+    )
     schedule: ScheduleName = Field(
         "even",
         description="even; timesteps: the share of the remaining masks that falls between two times, rounded down, so "
         "that some steps commit nothing and the last one the rest (Dream); carried: even, and what earlier steps left "
-        "of theirs (for unmask: capped_threshold)",
+        "of theirs (for unmask: capped_threshold); ascending: 1, 2, 4, ... tokens, the last step the rest (ASS)",
     )
     t_min: float = Field(
         1e-3,
@@ -90,6 +92,13 @@ class Decode(Options):
     forbid_eos: bool = Field(False, description="never produce an EOS token (LLaDA: logits_eos_inf)")
     zero_eos_confidence: bool = Field(
         False, description="EOS keeps its logit but is committed last (LLaDA: confidence_eos_eot_inf)"
+    )
+    eos_discount: float | None = Field(
+        None,
+        gt=0.0,
+        le=1.0,
+        description="an EOS candidate counts as less sure early in a block: its confidence is multiplied by a factor "
+        "that rises from this to 1 over the block's steps (EOSER; published: 0.4, with schedule: ascending 0.01)",
     )
     compat: tuple[Compat, ...] = Field(
         (),
@@ -140,6 +149,11 @@ class Decode(Options):
                 "anything; remove it, or remove eos_stop: false and edit_threshold"
             )
         self._check_remask()
+        if self.eos_discount is not None and self.unmask not in ("low_confidence", "capped_threshold"):
+            raise ValueError(
+                "eos_discount changes how sure a sampled EOS counts, step by step of a fixed schedule, got unmask: "
+                f"{self.unmask}; use low_confidence"
+            )
         for field, policies in (
             ("threshold", _THRESHOLD_POLICIES),
             ("min_commit", ("threshold",)),

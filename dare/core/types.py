@@ -251,6 +251,8 @@ class Samples:
     group_B         int64   samples of one prompt share a group; the two sides of a preference pair do
     step_map_BS     int64   None for dataset rows
     rollout_logp_BS float32 the rollout's own log-probs at commit; None for dataset rows
+    is_rewritten    whether the rollout changed tokens after it had committed them, so that the step map does not say
+                    what each step read
     eos_ids         what ends a completion
     reward_B        float32 rewards of rollouts; of preference rows 1 (preferred) or 0; None for other dataset rows
     drafts, tree    of the rollout, where the algorithm asked for them
@@ -267,6 +269,7 @@ class Samples:
     step_map_BS: Tensor | None = None
     rollout_logp_BS: Tensor | None = None
     rollout_temperature: float = 1.0
+    is_rewritten: bool = False
     eos_ids: tuple[int, ...] = ()
     reward_B: Tensor | None = None
     drafts: Drafts | None = None

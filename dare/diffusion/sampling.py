@@ -14,6 +14,9 @@ from dare.core.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
+_BUCKET = 256  # neighbouring tokens that an inverse CDF looks at together
+_MIN_BUCKET = 32
+
 ScoreName = Literal["confidence", "max_prob", "margin", "negative_entropy"]
 
 
@@ -51,14 +54,54 @@ def categorical(probs_NV: Tensor, uniform_N: Tensor) -> Tensor:
 
     probs_NV   float32, non-negative; need not add up to 1
     uniform_N  one number in [0, 1) per row: no noise over the vocabulary
+
+    In two levels where the vocabulary is large: a bucket of neighbours, then the token in it. Only sums of buckets and
+    one bucket are accumulated, instead of the whole vocabulary.
     """
+    num_rows, vocab_size = probs_NV.shape
+    width = math.gcd(vocab_size, _BUCKET)
+    if width < _MIN_BUCKET:
+        return _invert(probs_NV, uniform_N)[0]
+    probs_NbV = probs_NV.view(num_rows, -1, width)
+    bucket_N, share_N = _invert(probs_NbV.sum(-1), uniform_N)
+    row_N = torch.arange(num_rows, device=probs_NV.device)
+    return bucket_N * width + _invert(probs_NbV[row_N, bucket_N], share_N)[0]
+
+
+def _invert(probs_NV: Tensor, uniform_N: Tensor) -> tuple[Tensor, Tensor]:
+    """The cell of each row in which the number falls, and where in the cell, from 0 to 1."""
     is_possible_NV = probs_NV > 0
     # A parallel cumulative sum may wobble by a rounding error, also at impossible tokens: only possible ones count.
     cumulative_NV = probs_NV.cumsum(-1).masked_fill(~is_possible_NV, 0.0)
     total_N = cumulative_NV.amax(-1)
     highest_N = torch.nextafter(total_N, torch.zeros_like(total_N))
-    target_N = torch.minimum((uniform_N * total_N).to(total_N.dtype), highest_N)
-    return (cumulative_NV > target_N[:, None]).int().argmax(-1)
+    target_N = torch.minimum(uniform_N.double() * total_N, highest_N)
+    cell_N = (cumulative_NV > target_N.to(total_N.dtype)[:, None]).int().argmax(-1)
+    mass_N, end_N = (values.gather(-1, cell_N[:, None])[:, 0] for values in (probs_NV, cumulative_NV))
+    return cell_N, (1.0 - (end_N - target_N) / mass_N).clamp(0.0, 1.0)
+
+
+def draw(
+    logits_NV: Tensor, temperature: float, forbidden_ids: Sequence[int], uniform_N: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The candidate of each row and its natural log-prob under softmax(logits / temperature), forbidden ones included.
+
+    `sample` and `token_logp` in one go: the vocabulary is exponentiated once. Temperature 0 takes the most probable
+    token, with its log-prob at temperature 1. The logits are used as scratch and come back as they were.
+    """
+    index_F = torch.tensor(list(forbidden_ids), dtype=torch.int64, device=logits_NV.device)
+    forbidden_NF = logits_NV[:, index_F]
+    logits_NV.index_fill_(-1, index_F, -math.inf)
+    best_N, token_N = logits_NV.max(-1)
+    high_N1 = torch.maximum(best_N, forbidden_NF.amax(-1) if forbidden_ids else best_N)[:, None]
+    scale = 1.0 / (temperature or 1.0)
+    weight_NV = (logits_NV - high_N1).mul_(scale).exp_() if scale != 1.0 else (logits_NV - high_N1).exp_()
+    total_N = weight_NV.sum(-1) + ((forbidden_NF - high_N1) * scale).exp().sum(-1)
+    if temperature:
+        token_N = categorical(weight_NV, uniform_N)
+    logit_N = logits_NV.gather(-1, token_N[:, None])[:, 0]
+    logits_NV.index_copy_(-1, index_F, forbidden_NF)
+    return token_N, (logit_N - high_N1[:, 0]) * scale - total_N.log()
 
 
 def sample(logits_NV: Tensor, temperature: float, top_k: int | None, top_p: float | None, uniform_N: Tensor) -> Tensor:

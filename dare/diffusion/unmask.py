@@ -19,6 +19,7 @@ from dare.diffusion.sampling import ScoreName
 if TYPE_CHECKING:
     from torch import Tensor
 
+RankingName = ScoreName | Literal["uniform", "none"]
 Rule = Callable[["Tensor", "Tensor", "Due", Decode], "Tensor"]
 
 _THRESHOLD = 0.9
@@ -90,10 +91,29 @@ def _carried(num_masked_B: Tensor, num_left_B: Tensor, num_steps: int, step_B: T
     return cumulative_quota(num_masked_B, num_steps, step_B) - (num_masked_B - num_left_B)
 
 
+def _ascending(num_masked_B: Tensor, num_left_B: Tensor, num_steps: int, step_B: Tensor, share_B: Tensor) -> Tensor:
+    """Twice as many at each step as at the one before, and at the last the rest (ASS; CJ-GRPO, Yang et al. 2025)."""
+    doubled_B = torch.ones_like(step_B) << step_B.clamp(max=62)
+    return torch.where(step_B < num_steps - 1, torch.minimum(doubled_B, num_left_B), num_left_B)
+
+
+def progress(schedule: str, num_steps: int, step_B: Tensor) -> Tensor:
+    """float32 [B]: how far a block is at its step `step_B` of `num_steps`, from 0 or little to 1 or nearly.
+
+    Steps done over all but one; on the ascending schedule tokens committed after the step over 2^num_steps. The public
+    code counts the steps of all blocks together, so that with several blocks it never comes near 1.
+    """
+    step_B = step_B.clamp(max=num_steps - 1).float()
+    if schedule == "ascending":
+        return (torch.exp2(step_B + 1.0) - 1.0) / 2.0**num_steps
+    return step_B / (num_steps - 1) if num_steps > 1 else torch.ones_like(step_B)
+
+
 SCHEDULES: dict[str, Callable[[Tensor, Tensor, int, Tensor, Tensor], Tensor]] = {
     "even": _even,
     "timesteps": _by_timesteps,
     "carried": _carried,
+    "ascending": _ascending,
 }
 
 
@@ -247,7 +267,7 @@ class Policy(NamedTuple):
     words     the rule, for people who look at a trace; "{quota}" stands for what is due, other names for the options
     """
 
-    score: ScoreName | Literal["uniform", "none"]
+    score: RankingName
     rule: Rule
     words: str
 

@@ -23,11 +23,12 @@ from dare.core.spec import FamilySpec
 from dare.core.types import AuxLoss, Canvas, Samples, TraceBatch, Views
 from dare.data.packing import packs
 from dare.executors.compiled import compile_network
-from dare.families.base import Family, Network
+from dare.families.base import Family
 from dare.families.build import build_family
 from dare.families.critic import Critic
 from dare.families.flops import training_flops
 from dare.families.layers.moe import ExpertLoad
+from dare.families.network import Network
 from dare.families.predict import target_argmax
 from dare.families.weights import load_weights, save_family
 from dare.rollout.engine import denoise

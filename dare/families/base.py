@@ -6,8 +6,8 @@ D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -20,9 +20,10 @@ from dare.core.spec import FamilySpec
 from dare.core.types import AuxLoss, Canvas, Views
 from dare.diffusion import blocks
 from dare.families.config import Config, ModelSizes
-from dare.families.layers.attention import KVCache, Packed, SharedContext, Visible
+from dare.families.layers.attention import Cache, KVCache, Packed, Read, SharedContext, Visible
 from dare.families.layers.head import chunk_rows, linear_logp, linear_total
 from dare.families.layers.moe import ExpertLoad
+from dare.families.layers.packing import Multiply, pack, packed_linears
 from dare.families.network import Network as Network
 from dare.families.streams import pack_streams
 
@@ -90,6 +91,7 @@ class Family:
         self.generation_config = generation_config
         self.buffer_dtypes = dict(buffer_dtypes or {})
         self.code_files = dict(code_files or {})
+        self._head: Multiply | None = None
         self.adapter: Adapter | None = None  # see `dare.families.lora`
 
     @property
@@ -301,27 +303,40 @@ class Family:
         with nullcontext() if load is None else load.counting(self.network, is_counted_BT):
             return self.hidden(ids_BT, position_BT, visible)
 
-    def hidden(self, ids_BT: Tensor, position_BT: Tensor, visible: Visible, cache: KVCache | None = None) -> Tensor:
+    def hidden(self, ids_BT: Tensor, position_BT: Tensor, visible: Visible, cache: Cache | None = None) -> Tensor:
         """Hidden states [B, T, D] after the final norm; see `Network.forward`."""
         hidden_BTD: Tensor = self.network(ids_BT, position_BT, visible, cache)
         return hidden_BTD
 
+    def hidden_at(
+        self, ids_BT: Tensor, position_BT: Tensor, visible: Visible, cache: Cache | None, read: Read
+    ) -> Tensor:
+        """[N, D]: the hidden states that `read` names, at the least cost."""
+        hidden_1ND: Tensor = self.network(ids_BT, position_BT, visible, cache, read)
+        return hidden_1ND[0]
+
     def row_logits(self, hidden_ND: Tensor) -> Tensor:
         """float32 [N, V]: the head applied to hidden states."""
-        return (hidden_ND @ self.network.head_weight.T).float() * self.network.logit_scale
+        head = self._head  # read once: a rollout of another thread may end meanwhile
+        raw_NV = hidden_ND @ self.network.head_weight.T if head is None else head(hidden_ND)
+        scale = self.network.logit_scale
+        return raw_NV.float() if scale == 1.0 else raw_NV.float() * scale
+
+    @contextmanager
+    def packed(self) -> Iterator[None]:
+        """Matmuls without gradients are faster while the block runs, in which no weight may change (`packing.py`)."""
+        self._head = pack(self.network.head_weight)
+        with packed_linears(self.network):
+            try:
+                yield
+            finally:
+                self._head = None
 
     def cache(self, batch_size: int, length: int) -> KVCache:
         """An empty cache of `length` slots for every row."""
         network = self.network
-        return KVCache(
-            network.num_layers,
-            batch_size,
-            network.num_kv_heads,
-            length,
-            network.head_dim,
-            dtype=self.dtype,
-            device=self.device,
-        )
+        sizes = (network.num_layers, batch_size, network.num_kv_heads, length, network.head_dim)
+        return KVCache(*sizes, dtype=self.dtype, device=self.device)
 
     def _aligned(self, hidden_BSD: Tensor, is_real_BS: Tensor) -> Tensor:
         """Hidden states moved so that position i holds the one that scores token i.

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from dare.core.errors import DareError
 from dare.core.registry import FAMILIES, resolve
-from dare.families.base import Adoption, Family, FamilyType, Network
+from dare.families.base import Adoption, Family, FamilyType
 from dare.families.causal import TOKEN_ROWS, CausalCheckpoint, read_causal
 from dare.families.config import Config, ModelSizes
+from dare.families.network import Network
 
 Shift = Literal["keep", "drop"]
 DEFAULT_MASK_TOKEN = "<|mask|>"

@@ -12,12 +12,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dare.families.base import Network
 from dare.families.config import DenseShape
-from dare.families.layers.attention import AttentionCall, KVCache, Visible, rotary_attention
+from dare.families.layers.attention import AttentionCall, Cache, Read, Visible, rotary_attention
 from dare.families.layers.norm import RMSNorm
 from dare.families.layers.recompute import run_layer
 from dare.families.layers.rope import rotation
+from dare.families.network import Network
 
 
 class StackedNetwork(Network):
@@ -43,12 +43,20 @@ class StackedNetwork(Network):
     def embedding(self) -> nn.Embedding:
         """The embedding of `model`."""
 
-    def forward(self, ids_BT: Tensor, position_BT: Tensor, visible: Visible, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self,
+        ids_BT: Tensor,
+        position_BT: Tensor,
+        visible: Visible,
+        cache: Cache | None = None,
+        read: Read | None = None,
+    ) -> Tensor:
         turn = rotation(position_BT, self.rotary_dim, self.rope_theta)
         call = AttentionCall(position_BT, turn, visible, cache)
         x_BTD: Tensor = self.embedding(ids_BT)
         for index, layer in enumerate(self.model.layers):
-            x_BTD = run_layer(layer, x_BTD, index, call, self.recompute)
+            last = call.reading(read) if index + 1 == self.num_layers else call
+            x_BTD = run_layer(layer, x_BTD, index, last, self.recompute)
         normed: Tensor = self.model.norm(x_BTD)
         return normed
 
@@ -88,7 +96,7 @@ class DecoderLayer(nn.Module):
         self.mlp = mlp
 
     def forward(self, x_BTD: Tensor, index: int, call: AttentionCall) -> Tensor:
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), index, call)
+        x_BTD = call.outputs(x_BTD) + self.self_attn(self.input_layernorm(x_BTD), index, call)
         return x_BTD + self.feed_forward(self.post_attention_layernorm(x_BTD))
 
     def feed_forward(self, normed_BTD: Tensor) -> Tensor:
@@ -119,7 +127,7 @@ class _Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, index: int, call: AttentionCall) -> Tensor:
         heads = (-1, self.head_dim)
-        query = self.q_norm(self.q_proj(x_BTD).unflatten(-1, heads))
+        query = self.q_norm(self.q_proj(call.queries(x_BTD)).unflatten(-1, heads))
         key = self.k_norm(self.k_proj(x_BTD).unflatten(-1, heads))
         value = self.v_proj(x_BTD).unflatten(-1, heads)
         result: Tensor = self.o_proj(rotary_attention(query, key, value, index, call))

@@ -22,7 +22,8 @@ from dare.families.layers.moe import Experts
 from dare.families.layers.quantized import Bits, QuantizedLinear, require_bitsandbytes
 
 if TYPE_CHECKING:
-    from dare.families.base import Family, Network
+    from dare.families.base import Family
+from dare.families.network import Network
 
 _NAME = "default"  # peft keeps several adapters apart by name; here is one
 

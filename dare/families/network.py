@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from dare.families.layers.attention import KVCache, Visible
+from dare.families.layers.attention import Cache, Read, Visible
 from dare.families.layers.recompute import Recompute
 
 
@@ -25,14 +25,22 @@ class Network(nn.Module, ABC):
     recompute: Recompute = "none"  # what the backward of a layer computes again instead of keeping it
 
     @abstractmethod
-    def forward(self, ids_BT: Tensor, position_BT: Tensor, visible: Visible, cache: KVCache | None = None) -> Tensor:
-        """Hidden states [B, T, D] after the final norm.
+    def forward(
+        self,
+        ids_BT: Tensor,
+        position_BT: Tensor,
+        visible: Visible,
+        cache: Cache | None = None,
+        read: Read | None = None,
+    ) -> Tensor:
+        """Hidden states [B, T, D] after the final norm; with `read` those it names, [1, N, D].
 
         position_BT  rotary position of each token
-        visible      bool, broadcastable to [B, 1, T, K]; None = everything is visible. K = T without a cache,
-                     else the number of slots of the cache. Or the masks of several noisy streams, for `attend`
-        cache        keys and values of this call are written at slot = position before attention reads all
-                     slots; a slot that is overwritten later simply holds the later value
+        visible      bool, broadcastable to [B, 1, T, K]; None = everything is visible. K = T without a cache or with a
+                     fresh one, else the slots that are read. Or the masks of several noisy streams, for `attend`
+        cache        keys and values of this call are written at slot = position before attention reads them;
+                     a slot that is overwritten later simply holds the later value
+        read         spares the last layer all other work; layers ask their `AttentionCall`
         """
 
     @property

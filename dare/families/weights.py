@@ -21,9 +21,10 @@ from dare.core.registry import FAMILIES, resolve
 from dare.core.rng import Key
 from dare.core.spec import FamilySpec
 from dare.families.adapter_files import load_adapter, write_adapter
-from dare.families.base import Family, FamilyType, Network
+from dare.families.base import Family, FamilyType
 from dare.families.config import Config, ModelSizes
 from dare.families.hub import resolve_checkpoint as resolve_checkpoint
+from dare.families.network import Network
 from dare.families.shards import WEIGHTS_NAME, Shards
 
 _CONFIG_NAME = "config.json"

@@ -1,4 +1,4 @@
-"""The rows that are denoised together: their canvas, what was committed so far, and each row's own place in it."""
+"""The rows of a call: their canvas, what was committed so far, and each row's own place in it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from dare.core.types import GIVEN, UNSAMPLED, Canvas, Edits
 class Batch:
     """B rows on the family's device, written in place. Rows advance independently, block by block.
 
+    Methods take the H rows that are denoised now, as indices, and flags for them: nothing here waits for the device.
+
     start_B       first position of the block that the row is in
     end_B         first position after the row's completion
     num_masked_B  masks that the row's block began with
@@ -22,6 +24,7 @@ class Batch:
     block_step_B  those of its block
     post_step_B   those of its block that went over it when it was complete
     is_done_B     whether nothing is left to do for the row
+    is_stale_B    whether the cache lacks the final tokens of the block before the current one
     stop_B        denoising steps after which the row pauses
     score_BS      the unmask policy's score of each committed token; kept where tokens may be masked again
     edits         what was replaced so far; rows are those of the batch
@@ -40,6 +43,7 @@ class Batch:
     block_step_B: Tensor
     post_step_B: Tensor
     is_done_B: Tensor
+    is_stale_B: Tensor
     stop_B: Tensor
     score_BS: Tensor
     edits: list[Edits] = field(default_factory=list)
@@ -65,15 +69,20 @@ class Batch:
             block_step_B=zero_B.clone(),
             post_step_B=zero_B.clone(),
             is_done_B=torch.zeros_like(zero_B, dtype=torch.bool),
+            is_stale_B=torch.zeros_like(zero_B, dtype=torch.bool),
             stop_B=torch.full_like(zero_B, torch.iinfo(torch.int64).max),
             score_BS=torch.zeros_like(block_BS, dtype=torch.float32),
         )
 
     def branch(self, index_H: Tensor, sample_id_H: Tensor, stop_H: Tensor) -> Batch:
-        """A copy of the chosen rows, in that order, that goes on under other sample ids to another stop."""
+        """A copy of the chosen rows, in that order, that goes on under other sample ids to another stop.
+
+        The copy begins with a cache of its own.
+        """
         names = [field.name for field in dataclasses.fields(self) if field.name.endswith(("_B", "_BS"))]
         tensors = {name: getattr(self, name)[index_H] for name in names}
         changes = {**tensors, "canvas": self.canvas.rows(index_H), "sample_id_B": sample_id_H, "stop_B": stop_H}
+        changes["is_stale_B"] = torch.zeros_like(index_H, dtype=torch.bool)
         return dataclasses.replace(self, **changes)
 
     def is_active(self, row_H: Tensor) -> Tensor:
@@ -88,14 +97,22 @@ class Batch:
         """bool [H, K]: positions of the current blocks that hold the mask token; none in a row that is done."""
         return self.canvas.input_BS[row_H[:, None], self.window(row_H)] == self.mask_id
 
-    def commit(self, row_N: Tensor, position_N: Tensor, token_N: Tensor, logp_N: Tensor) -> None:
-        """Fix tokens into the canvas, as decided by the rows' current denoising step."""
-        self.canvas.input_BS[row_N, position_N] = token_N
-        self.step_map_BS[row_N, position_N] = self.step_B[row_N]
-        self.logp_BS[row_N, position_N] = logp_N
+    def commit(self, row_H: Tensor, is_written_HK: Tensor, token_HK: Tensor, logp_HK: Tensor) -> None:
+        """Fix tokens of the current blocks into the canvas, as decided by the rows' current denoising step."""
+        place = (row_H[:, None], self.window(row_H))
+        step_HK = self.step_B[row_H, None].expand_as(token_HK)
+        for kept_BS, new_HK in (
+            (self.canvas.input_BS, token_HK),
+            (self.step_map_BS, step_HK),
+            (self.logp_BS, logp_HK),
+        ):
+            kept_BS[place] = torch.where(is_written_HK, new_HK, kept_BS[place])
 
-    def log_edits(self, row_N: Tensor, position_N: Tensor) -> None:
+    def log_edits(self, row_H: Tensor, is_edited_HK: Tensor) -> None:
         """Remember the tokens that are about to be replaced by the rows' current denoising step."""
+        place_N, column_N = is_edited_HK.nonzero(as_tuple=True)
+        row_N = row_H[place_N]
+        position_N = self.start_B[row_N] + column_N
         self.edits.append(
             Edits(
                 row_E=row_N,
@@ -107,11 +124,11 @@ class Batch:
             )
         )
 
-    def mask_again(self, row_N: Tensor, position_N: Tensor) -> None:
-        """Take tokens back out of the canvas."""
-        self.canvas.input_BS[row_N, position_N] = self.mask_id
-        self.step_map_BS[row_N, position_N] = UNSAMPLED
-        self.logp_BS[row_N, position_N] = 0.0
+    def mask_again(self, row_H: Tensor, is_again_HK: Tensor) -> None:
+        """Take tokens of the current blocks back out of the canvas."""
+        place = (row_H[:, None], self.window(row_H))
+        for kept_BS, value in ((self.canvas.input_BS, self.mask_id), (self.step_map_BS, UNSAMPLED), (self.logp_BS, 0)):
+            kept_BS[place] = kept_BS[place].masked_fill(is_again_HK, value)
 
     def count_step(self, row_H: Tensor, is_denoising_H: Tensor, has_mask_H: Tensor) -> None:
         """The rows that took part in a denoising step are at their next one."""
@@ -119,14 +136,14 @@ class Batch:
         self.block_step_B[row_H] += is_denoising_H
         self.post_step_B[row_H] += is_denoising_H & ~has_mask_H
 
-    def advance(self, row_N: Tensor) -> None:
-        """Move rows to their next block, which is masked throughout."""
-        self.start_B[row_N] += self.block_length
-        self.num_masked_B[row_N] = self.block_length
-        self.block_step_B[row_N] = 0
-        self.post_step_B[row_N] = 0
+    def advance(self, row_H: Tensor, is_leaving_H: Tensor) -> None:
+        """Move the rows that leave their block to the next one, which is masked throughout."""
+        self.start_B[row_H] += is_leaving_H * self.block_length
+        self.num_masked_B[row_H] = torch.where(is_leaving_H, self.block_length, self.num_masked_B[row_H])
+        self.block_step_B[row_H] *= ~is_leaving_H
+        self.post_step_B[row_H] *= ~is_leaving_H
 
-    def num_waiting(self) -> int:
-        """Masked positions that are still to be sampled, as far as is known."""
-        is_waiting_BS = (self.canvas.input_BS == self.mask_id) & ~self.is_done_B[:, None]
-        return int(is_waiting_BS.sum())
+    def num_waiting(self, row_H: Tensor) -> int:
+        """Masked positions of these rows that are still to be sampled, as far as is known."""
+        is_waiting_HS = (self.canvas.input_BS[row_H] == self.mask_id) & ~self.is_done_B[row_H, None]
+        return int(is_waiting_HS.sum())

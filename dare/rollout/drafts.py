@@ -13,6 +13,7 @@ from dare.families.base import Family
 from dare.rollout.batch import Batch
 from dare.rollout.candidates import Candidates, propose
 from dare.rollout.forward import Hidden
+from dare.rollout.meter import Meter
 from dare.rollout.plan import Plan
 
 
@@ -35,10 +36,9 @@ def check_drafts(plan: Plan) -> None:
 
 
 class DraftLog:
-    """The drafts of a rollout so far; `index_B` says which rows of the rollout the current batch holds."""
+    """The drafts of a rollout so far."""
 
     def __init__(self) -> None:
-        self.index_B = torch.zeros(0, dtype=torch.int64)
         self._parts: list[tuple[Tensor, ...]] = []
 
     def add(
@@ -51,6 +51,7 @@ class DraftLog:
         is_masked_HK: Tensor,
         hidden: Hidden,
         found: Candidates,
+        meter: Meter,
     ) -> None:
         """One step, before it commits anything: `found` are the candidates at `is_masked_HK`.
 
@@ -69,11 +70,11 @@ class DraftLog:
             if len(place_N):
                 row_N = row_H[place_N]
                 uniform_N = key.fold("token").uniform(batch.sample_id_B[row_N], position_N, batch.step_B[row_N])
-                rest = propose(family, plan, hidden.whole_HSD[place_N, position_N], None, uniform_N)
+                rest = propose(family, plan, hidden.whole_HSD[place_N, position_N], None, uniform_N, meter)
                 draft_HS[place_N, position_N], logp_HS[place_N, position_N] = rest.token_N, rest.logp_N
         row_D = row_H[is_step_H]
         part = (batch.step_B[row_D], seen_HS[is_step_H], draft_HS[is_step_H], logp_HS[is_step_H])
-        self._parts.append((self.index_B[row_D.cpu()], *(tensor.cpu() for tensor in part)))
+        self._parts.append((row_D.cpu(), *(tensor.cpu() for tensor in part)))
 
     def drafts(self, width: int) -> Drafts:
         """Everything collected, on canvases of `width` columns, on the CPU."""

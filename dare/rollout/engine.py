@@ -1,11 +1,11 @@
 """The denoising loop: prompts in, traces out.
 
-            +--------------- until every row is done ----------------+
-            v                                                        |
-    read the current block of every row -> candidates at its masks   |
-         -> the unmask policy commits some; committed tokens may be  |
-            edited -> rows whose block is complete (and at rest)     |
-            store it (block cache) and move on, or leave ------------+
+    queue -> seats, at most `batch_size` <-----------------------------+
+                v                                                      |
+    read the current block of every seated row -> candidates at its    |
+        masks -> the unmask policy commits some; committed tokens may  |
+        be edited -> rows whose block is complete (and at rest) move   |
+        on to the next, or leave their seat to another -----------------+
 
 Rows never wait for one another: each has its own block, step and random numbers, keyed by (sample id, position, step).
 A completion is therefore the same in any batch, order or company.
@@ -14,11 +14,11 @@ A completion is therefore the same in any batch, order or company.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from dare.core.decode import Decode
 from dare.core.errors import DareError
@@ -30,10 +30,12 @@ from dare.families.base import Family
 from dare.rollout.batch import Batch
 from dare.rollout.candidates import propose
 from dare.rollout.drafts import DraftLog, check_drafts
-from dare.rollout.forward import Hidden, make_forward
+from dare.rollout.forward import Forward, Hidden, make_forward
+from dare.rollout.live import Live
+from dare.rollout.meter import Meter
 from dare.rollout.plan import Plan, check_prompts, make_plan
 from dare.rollout.predictions import PredictionLog
-from dare.rollout.record import begin_batch, empty_trace, finished, record_batch
+from dare.rollout.record import begin_batch, empty_trace, finished, record_rows, trace_rows, with_edits
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ def denoise(
     num_alternatives: int = 0,
     on_step: Callable[[StepEvent], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    on_finished: Callable[[list[int], TraceBatch], None] | None = None,
+    meter: Meter | None = None,
 ) -> TraceBatch:
     """One completion per prompt, in order, on the CPU.
 
@@ -75,6 +79,8 @@ def denoise(
                  each; 0 = do not
     on_step      called after every denoising step
     on_progress  called with (positions settled, all completion positions) after every denoising step
+    on_finished  called with indices of prompts and their part of the trace (without edits and drafts) as rows end
+    meter        counts what the rollout costs
 
     Nothing here depends on how rows are batched; `decode.batch_size` bounds memory. Raises DareError for options that
     do not fit the family and for a prompt that does not fit the model, NonFiniteError if the network's output is not
@@ -92,23 +98,16 @@ def denoise(
         check_drafts(plan)
     canvas = family.empty_canvas(prompts, decode.gen_length, plan.block_length)
     trace = empty_trace(family, plan, canvas, sample_ids, weights_version)
-    order_B = torch.tensor(sorted(range(len(prompts)), key=lambda row: len(prompts[row])))
-    num_total = int(canvas.is_completion_BS.sum())
-    num_later = num_total  # in batches that have not begun
-    with torch.no_grad():
-        for index_B in torch.split(order_B, decode.batch_size):
-            batch = begin_batch(family, plan, trace, index_B)
-            num_later -= batch.num_waiting()
-            for listener in (log, predictions):
-                if listener is not None:
-                    listener.index_B = index_B
-            for row_N, is_committed_NK in Run(family, plan, key, batch, log, predictions).steps():
-                if on_step is not None:
-                    on_step(_event(batch, index_B, row_N, is_committed_NK, canvas.length))
-                if on_progress is not None:
-                    on_progress(num_total - num_later - batch.num_waiting(), num_total)
-            record_batch(batch, trace, index_B, family.spec.pad_id)
-    done = finished(trace)
+    order, twins = _admission(prompts)
+    meter = meter or Meter()
+    meter.switch("packing")
+    with torch.no_grad(), plan.weights(family):
+        meter.switch("bookkeeping")
+        batch = begin_batch(family, plan, trace, torch.arange(len(prompts)))
+        live = Live(batch, order, twins, decode.batch_size)
+        run = Run(family, plan, key, batch, live, log, predictions, meter)
+        run.fill(trace, on_step, on_progress, on_finished)
+    done = finished(with_edits(trace, batch))
     return replace(
         done,
         drafts=None if log is None else log.drafts(done.canvas.length),
@@ -116,91 +115,143 @@ def denoise(
     )
 
 
+class Step(NamedTuple):
+    """What one denoising step did to the H rows that were seated.
+
+    is_denoising_H  rows that took part
+    position_HK     their blocks, which some have left by now
+    is_written_HK   what was committed or replaced
+    ended           rows that then came to their end or to a pause
+    """
+
+    row_H: Tensor
+    is_denoising_H: Tensor
+    position_HK: Tensor
+    is_written_HK: Tensor
+    ended: list[int]
+
+
 @dataclass(frozen=True)
 class Run:
-    """One batch on its way through the loop; the logs, if there are any, hear of every prediction."""
+    """Rows on their way through the loop; the logs, if there are any, hear of every prediction."""
 
     family: Family
     plan: Plan
     key: Key
     batch: Batch
+    live: Live
     log: DraftLog | None = None
     predictions: PredictionLog | None = None
+    meter: Meter = field(default_factory=Meter)
 
-    def steps(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Denoise every row to its end, or to where it pauses.
+    def fill(
+        self,
+        trace: TraceBatch,
+        on_step: Callable[[StepEvent], None] | None,
+        on_progress: Callable[[int, int], None] | None,
+        on_finished: Callable[[list[int], TraceBatch], None] | None,
+    ) -> None:
+        """Denoise to the end, write finished rows into `trace`, and tell those who listen; see `denoise`."""
+        batch, progress = self.batch, _Progress(self.batch, self.live)
+        for step in self.steps():
+            if on_step is not None:
+                on_step(_event(batch, step))
+            if on_progress is not None:
+                on_progress(*progress.after(step))
+            if step.ended:
+                ended_N = torch.tensor(step.ended)
+                record_rows(batch, trace, ended_N, ended_N, self.family.spec.pad_id)
+                if on_finished is not None:
+                    on_finished(step.ended, trace_rows(trace, step.ended))
 
-        After each step: the N rows that took part and what they wrote, bool [N, K].
-        """
+    def steps(self) -> Iterator[Step]:
+        """Denoise every row to its end, or to where it pauses."""
+        live, has_drafts = self.live, self.log is not None
+        forward = make_forward(self.family, self.batch, self.plan, live, self.meter, has_drafts=has_drafts)
+        forward.seat(live.update())
+        while live.rows:
+            step = self._step(live.row_H, forward)
+            change = live.update()
+            yield step._replace(ended=change.left)
+            forward.seat(change)
+
+    def _step(self, row_H: Tensor, forward: Forward) -> Step:
+        """One denoising step of the seated rows, without a look at who ended."""
         batch = self.batch
-        row_H = torch.arange(batch.canvas.batch_size, device=batch.start_B.device)
-        row_H = row_H[batch.is_active(row_H)]
-        if not len(row_H):
-            return
-        forward = make_forward(self.family, batch, self.plan, row_H, has_drafts=self.log is not None)
-        while len(row_H):
-            is_active_H = batch.is_active(row_H)
-            is_masked_HK = batch.masked(row_H) & is_active_H[:, None]
-            has_mask_H = is_masked_HK.any(-1)
-            is_denoising_H = has_mask_H | (is_active_H & self._may_edit(row_H))
-            has_step = bool(is_denoising_H.any())  # else all rows only store their blocks
-            hidden = forward.read(row_H)
-            is_written_HK = self._write(row_H, is_masked_HK, is_denoising_H, hidden) if has_step else is_masked_HK
-            batch.count_step(row_H, is_denoising_H, has_mask_H)
-            is_settled_H = ~has_mask_H & ~is_written_HK.any(-1)
-            is_complete_H = is_active_H & ~batch.masked(row_H).any(-1) & (is_settled_H | ~self._may_edit(row_H))
-            batch.is_done_B[row_H] |= is_complete_H & self._is_terminal(row_H)
-            if self.plan.has_stop_inside:
-                batch.is_done_B[row_H] |= self._has_ended(row_H, is_written_HK)
-            if has_step:
-                yield row_H[is_denoising_H], is_written_HK[is_denoising_H]
-            # With a store pass, a block is stored by the first forward that finds it complete and leaves it so.
-            is_leaving_H = is_active_H & (is_settled_H if forward.has_store_pass else is_complete_H)
-            batch.advance(row_H[is_leaving_H & ~batch.is_done_B[row_H]])
-            is_live_H = batch.is_active(row_H)
-            if int(is_live_H.sum()) <= forward.keeps_rows_until * len(row_H):
-                forward.keep(is_live_H.nonzero()[:, 0])
-                row_H = row_H[is_live_H]
+        position_HK = batch.window(row_H)
+        is_active_H = batch.is_active(row_H)
+        is_masked_HK = batch.masked(row_H) & is_active_H[:, None]
+        has_mask_H = is_masked_HK.any(-1)
+        is_denoising_H = has_mask_H | (is_active_H & self._may_edit(row_H))
+        is_open_HK = is_masked_HK
+        if self.plan.decode.edit_threshold is not None:
+            is_completion_HK = batch.canvas.is_completion_BS[row_H[:, None], position_HK]
+            is_open_HK = is_masked_HK | (is_completion_HK & is_denoising_H[:, None])
+        place_N, column_N = is_open_HK.nonzero(as_tuple=True)
+        hidden = forward.read(place_N, column_N)
+        is_written_HK = self._write(row_H, is_masked_HK, is_denoising_H, (place_N, column_N), hidden)
+        batch.count_step(row_H, is_denoising_H, has_mask_H)
+        is_settled_H = ~has_mask_H & ~is_written_HK.any(-1)
+        is_full_H = is_active_H & ~batch.masked(row_H).any(-1)
+        is_complete_H = is_full_H & (is_settled_H | ~self._may_edit(row_H))
+        batch.is_done_B[row_H] |= is_complete_H & self._is_terminal(row_H)
+        if self.plan.has_stop_inside:
+            batch.is_done_B[row_H] |= self._has_ended(row_H, is_written_HK)
+        is_leaving_H = is_complete_H & ~batch.is_done_B[row_H]
+        # A step that read the block as it now is has thereby stored it.
+        batch.is_stale_B[row_H] |= is_leaving_H & ~is_settled_H
+        batch.advance(row_H, is_leaving_H)
+        return Step(row_H, is_denoising_H, position_HK, is_written_HK, [])
 
     def _may_edit(self, row_H: Tensor) -> Tensor:
         """bool [H]: whether another step may go over the row's block if that is complete."""
         batch = self.batch
         return ~batch.is_done_B[row_H] & (batch.post_step_B[row_H] < self.plan.max_post_steps)
 
-    def _write(self, row_H: Tensor, is_masked_HK: Tensor, is_denoising_H: Tensor, hidden: Hidden) -> Tensor:
+    def _write(
+        self,
+        row_H: Tensor,
+        is_masked_HK: Tensor,
+        is_denoising_H: Tensor,
+        open_N: tuple[Tensor, Tensor],
+        hidden: Hidden,
+    ) -> Tensor:
         """bool [H, K]: the positions that this step commits or edits; the batch holds their new tokens afterwards."""
-        batch, decode = self.batch, self.plan.decode
-        is_open_HK = is_masked_HK
-        if decode.edit_threshold is not None:
-            is_completion_HK = batch.canvas.is_completion_BS[row_H[:, None], batch.window(row_H)]
-            is_open_HK = is_masked_HK | (is_completion_HK & is_denoising_H[:, None])
-        place_N, column_N = is_open_HK.nonzero(as_tuple=True)
+        batch, decode, (place_N, column_N) = self.batch, self.plan.decode, open_N
         row_N = row_H[place_N]
         position_N = batch.start_B[row_N] + column_N
         counters = (batch.sample_id_B[row_N], position_N, batch.step_B[row_N])
         uniform_N = self.key.fold("token").uniform(*counters)
+        states = (hidden.plain_ND, hidden.unconditional_ND)
         num_alternatives = self.predictions.num_alternatives if self.predictions is not None else 0
-        found = propose(self.family, self.plan, *hidden.at(place_N, column_N), uniform_N, num_alternatives)
+        found = propose(self.family, self.plan, *states, uniform_N, self.meter, num_alternatives)
         if self.log is not None:
-            self.log.add(self.family, batch, self.plan, self.key, row_H, is_masked_HK, hidden, found)
+            self.log.add(self.family, batch, self.plan, self.key, row_H, is_masked_HK, hidden, found, self.meter)
         score_N = found.score_N
         if unmask.find_policy(decode.unmask).score == "uniform":
             score_N = self.key.fold("unmask").uniform(*counters)
         if decode.unmask_temperature:
             score_N = unmask.drawn_order(score_N, decode.unmask_temperature, self.key.fold("unmask").uniform(*counters))
-        score_HK = torch.zeros(is_masked_HK.shape, dtype=score_N.dtype, device=score_N.device)
-        score_HK[place_N, column_N] = score_N
+        if decode.eos_discount is not None:
+            progress_N = unmask.progress(decode.schedule, self.plan.num_steps, batch.block_step_B[row_N])
+            factor_N = decode.eos_discount + (1.0 - decode.eos_discount) * progress_N
+            score_N = torch.where(is_eos(found.token_N, self.family.spec.eos_ids), score_N * factor_N, score_N)
+
+        def spread(value_N: Tensor) -> Tensor:
+            return value_N.new_zeros(is_masked_HK.shape).index_put((place_N, column_N), value_N)
+
         held_N = batch.canvas.input_BS[row_N, position_N]
-        is_written_HK = self._choose(row_H, score_HK, is_masked_HK, is_denoising_H)
+        is_written_HK = self._choose(row_H, spread(score_N), is_masked_HK, is_denoising_H)
+        token_HK = spread(found.token_N)
         if decode.edit_threshold is not None:
-            is_new_N = held_N != found.token_N
-            is_edited_N = ~is_masked_HK[place_N, column_N] & is_new_N & (found.confidence_N > decode.edit_threshold)
-            batch.log_edits(row_N[is_edited_N], position_N[is_edited_N])
-            is_written_HK[place_N, column_N] |= is_edited_N
-        chosen_N = is_written_HK[place_N, column_N]
+            is_sure_HK = spread((held_N != found.token_N) & (found.confidence_N > decode.edit_threshold))
+            is_edited_HK = is_sure_HK & ~is_masked_HK
+            batch.log_edits(row_H, is_edited_HK)
+            is_written_HK |= is_edited_HK
         if self.predictions is not None:
-            self.predictions.add_open(batch, row_N, position_N, held_N, found, score_N, chosen_N)
-        batch.commit(row_N[chosen_N], position_N[chosen_N], found.token_N[chosen_N], found.logp_N[chosen_N])
+            is_written_N = is_written_HK[place_N, column_N]
+            self.predictions.add_open(batch, row_N, position_N, held_N, found, score_N, is_written_N)
+        batch.commit(row_H, is_written_HK, token_HK, spread(found.logp_N))
         return is_written_HK
 
     def _choose(self, row_H: Tensor, score_HK: Tensor, is_masked_HK: Tensor, is_denoising_H: Tensor) -> Tensor:
@@ -232,8 +283,9 @@ class Run:
         if self.predictions is not None:
             self.predictions.add_steps(batch, row_H, num_kept_H, is_denoising_H)
             self.predictions.add_remasked(batch, place_HK[is_again_HK], window_HK[is_again_HK])
-        batch.score_BS[place_HK[is_committed_HK], window_HK[is_committed_HK]] = score_HK[is_committed_HK].float()
-        batch.mask_again(place_HK[is_again_HK], window_HK[is_again_HK])
+        kept_HK = batch.score_BS[place_HK, window_HK]
+        batch.score_BS[place_HK, window_HK] = torch.where(is_committed_HK, score_HK.float(), kept_HK)
+        batch.mask_again(row_H, is_again_HK)
         return is_committed_HK
 
     def _is_terminal(self, row_H: Tensor) -> Tensor:
@@ -257,14 +309,34 @@ class Run:
         return (is_eos_HK & is_written_HK).any(-1) & ~is_open_H
 
 
-def _event(batch: Batch, index_B: Tensor, row_N: Tensor, is_committed_NK: Tensor, width: int) -> StepEvent:
-    """What `row_N` just committed; canvases as wide as those of the whole call, padded with zeros."""
-    committed_NS = torch.zeros_like(batch.step_map_BS[row_N], dtype=torch.bool)
-    committed_NS.scatter_(1, batch.window(row_N), is_committed_NK)
-    missing = width - batch.canvas.length
-    ids_NS, is_committed_NS, logp_NS = (
-        functional.pad(tensor_NS, (0, missing)).cpu()
-        for tensor_NS in (batch.canvas.input_BS[row_N], committed_NS, batch.logp_BS[row_N])
-    )
-    rows = index_B[row_N.cpu()].tolist()
-    return StepEvent(rows, batch.step_B[row_N].cpu() - 1, ids_NS, is_committed_NS, logp_NS)
+def _admission(prompts: list[list[int]]) -> tuple[list[int], list[int]]:
+    """The order in which rows are admitted, equal lengths and equal prompts together, and for each row its prompt."""
+    number: dict[tuple[int, ...], int] = {}
+    twins = [number.setdefault(tuple(prompt), len(number)) for prompt in prompts]
+    order = sorted(range(len(prompts)), key=lambda row: (len(prompts[row]), twins[row]))
+    return order, twins
+
+
+class _Progress:
+    """Counts settled positions: all of the rows that ended, and of the seated ones what is not masked."""
+
+    def __init__(self, batch: Batch, live: Live) -> None:
+        self.batch, self.live = batch, live
+        self.count = batch.canvas.is_completion_BS.sum(-1).tolist()
+        self.num_ended = 0
+
+    def after(self, step: Step) -> tuple[int, int]:
+        """(positions settled, all completion positions)."""
+        self.num_ended += sum(self.count[row] for row in step.ended)
+        num_seated = sum(self.count[row] for row in self.live.rows)
+        return self.num_ended + num_seated - self.batch.num_waiting(self.live.row_H), sum(self.count)
+
+
+def _event(batch: Batch, step: Step) -> StepEvent:
+    """What the rows that took part just committed."""
+    row_N = step.row_H[step.is_denoising_H]
+    position_NK, is_written_NK = step.position_HK[step.is_denoising_H], step.is_written_HK[step.is_denoising_H]
+    is_committed_NS = torch.zeros_like(batch.step_map_BS[row_N], dtype=torch.bool)
+    is_committed_NS.scatter_(1, position_NK, is_written_NK)
+    ids_NS, logp_NS = batch.canvas.input_BS[row_N].cpu(), batch.logp_BS[row_N].cpu()
+    return StepEvent(row_N.tolist(), batch.step_B[row_N].cpu() - 1, ids_NS, is_committed_NS.cpu(), logp_NS)

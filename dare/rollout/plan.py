@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +12,7 @@ from dare.diffusion.unmask import find_policy, is_first_forced
 from dare.families.base import Family
 
 _MAX_POST_STEPS = 16
+_MIN_STEPS_TO_PACK = 8  # packing weights takes as long as a few steps save
 
 CacheName = Literal["none", "prefix", "dual", "block"]
 
@@ -28,12 +30,25 @@ class Plan:
     forbidden_ids: tuple[int, ...]  # never produced
     unranked_ids: tuple[int, ...]  # left out of the distribution that positions are ranked by
     max_post_steps: int  # steps that may go over a complete block to edit it; 0 = tokens are final
+    is_merged: bool  # one forward stores a complete block and takes the first step of the next
     has_first_step: bool  # the first step of a block commits its first position, whatever the policy
+
+    @property
+    def is_plain_draw(self) -> bool:
+        """Whether candidates come from the network's own distribution, forbidden tokens aside, and are ranked by it."""
+        decode = self.decode
+        return decode.top_k is None and decode.top_p is None and not decode.compat and not self.unranked_ids
 
     @property
     def logp_temperature(self) -> float:
         """Temperature of the log-probs at commit; greedy decoding reports plain probabilities."""
         return self.decode.temperature or 1.0
+
+    def weights(self, family: Family) -> AbstractContextManager[None]:
+        """Around a rollout: packed weights where they pay."""
+        num_blocks = -(-self.decode.gen_length // self.block_length)
+        num_steps = num_blocks * (1 if self.decode.is_dynamic else self.num_steps)
+        return family.packed() if num_steps >= _MIN_STEPS_TO_PACK else nullcontext()
 
 
 def make_plan(family: Family, decode: Decode) -> Plan:
@@ -64,13 +79,14 @@ def make_plan(family: Family, decode: Decode) -> Plan:
     return Plan(
         decode=decode,
         block_length=block_length,
-        num_steps=block_length if decode.steps_per_block is None else decode.steps_per_block,
+        num_steps=_num_steps(decode, block_length),
         cache=cache,
         has_eos_stop=has_eos_stop,
         has_stop_inside=has_eos_stop and "eos_inside_block" in decode.compat,
         forbidden_ids=(spec.mask_id, *(spec.eos_ids if decode.forbid_eos else ())),
         unranked_ids=spec.eos_ids if decode.forbid_eos or decode.zero_eos_confidence else (),
         max_post_steps=_max_post_steps(decode),
+        is_merged=True,
         has_first_step=is_first_forced(cache, is_shifted=spec.is_shifted),
     )
 
@@ -86,6 +102,12 @@ def check_prompts(family: Family, prompts: list[list[int]]) -> None:
                 got=f"token id {mask_id}",
                 fix="remove it from the prompt",
             )
+
+
+def _num_steps(decode: Decode, block_length: int) -> int:
+    if decode.steps_per_block is not None:
+        return decode.steps_per_block
+    return max(1, block_length.bit_length() - 1) if decode.schedule == "ascending" else block_length
 
 
 def _max_post_steps(decode: Decode) -> int:

@@ -26,11 +26,10 @@ _REMASKED = ("row_M", "step_M", "position_M")
 
 
 class PredictionLog:
-    """The predictions of a rollout so far; `index_B` says which rows of the rollout the current batch holds."""
+    """The predictions of a rollout so far."""
 
     def __init__(self, num_alternatives: int) -> None:
         self.num_alternatives = num_alternatives
-        self.index_B = torch.zeros(0, dtype=torch.int64)
         self._open: list[tuple[Tensor, ...]] = []
         self._steps: list[tuple[Tensor, ...]] = []
         self._remasked: list[tuple[Tensor, ...]] = []
@@ -48,18 +47,18 @@ class PredictionLog:
         """The open positions of one step, the tokens that they held before it, and which of them it wrote."""
         entries = (batch.step_B[row_N], position_N, held_N, found.token_N, found.prob_N, score_N.float(), is_written_N)
         tensors = (*entries, found.top_NA, found.top_prob_NA)
-        self._open.append((self.index_B[row_N.cpu()], *(tensor.cpu() for tensor in tensors)))
+        self._open.append((row_N.cpu(), *(tensor.cpu() for tensor in tensors)))
 
     def add_steps(self, batch: Batch, row_H: Tensor, quota_H: Tensor | None, is_step_H: Tensor) -> None:
         """The rows that take a step, and what is due of them."""
         row_N = row_H[is_step_H]
         quota_N = torch.full_like(row_N, NO_QUOTA) if quota_H is None else quota_H[is_step_H]
         tensors = (batch.step_B[row_N], batch.start_B[row_N], quota_N)
-        self._steps.append((self.index_B[row_N.cpu()], *(tensor.cpu() for tensor in tensors)))
+        self._steps.append((row_N.cpu(), *(tensor.cpu() for tensor in tensors)))
 
     def add_remasked(self, batch: Batch, row_N: Tensor, position_N: Tensor) -> None:
         """Tokens that a step takes back."""
-        self._remasked.append((self.index_B[row_N.cpu()], batch.step_B[row_N].cpu(), position_N.cpu()))
+        self._remasked.append((row_N.cpu(), batch.step_B[row_N].cpu(), position_N.cpu()))
 
     def predictions(self) -> Predictions:
         """Everything collected, in order."""

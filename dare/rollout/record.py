@@ -44,32 +44,49 @@ def begin_batch(family: Family, plan: Plan, trace: TraceBatch, index_B: Tensor) 
     return Batch.begin(canvas, sample_id_B, plan.block_length, family.spec.mask_id)
 
 
-def record_batch(batch: Batch, trace: TraceBatch, index_B: Tensor, pad_id: int) -> None:
-    """Write a finished batch into the rows `index_B` of the trace.
+def record_rows(batch: Batch, trace: TraceBatch, row_N: Tensor, index_N: Tensor, pad_id: int) -> None:
+    """Write the finished rows `row_N` of a batch into the rows `index_N` of the trace.
 
     A blockwise row ends with its last block: what lies beyond becomes padding. In a row with full attention it stays
     masked, because the tokens before it were committed in its sight.
     Raises NonFiniteError if the network's output was not finite.
     """
-    if not bool(batch.logp_BS.isfinite().all()):
+    row_N = row_N.to(batch.start_B.device)
+    logp_NS = batch.logp_BS[row_N].cpu()
+    if not bool(logp_NS.isfinite().all()):
         raise NonFiniteError(
             "the network's output is not finite", where="rollout", fix="load a checkpoint with finite weights"
         )
     width = batch.canvas.length
-    ids_BS, step_map_BS = batch.canvas.input_BS.cpu(), batch.step_map_BS.cpu()
+    ids_NS, step_map_NS = batch.canvas.input_BS[row_N].cpu(), batch.step_map_BS[row_N].cpu()
     if batch.canvas.is_blockwise:
-        end_B = (batch.start_B + batch.block_length).cpu()
-        is_beyond_BS = torch.arange(width) >= end_B[:, None]
-        ids_BS = ids_BS.masked_fill(is_beyond_BS, pad_id)
-        step_map_BS = step_map_BS.masked_fill(is_beyond_BS, GIVEN)
-        trace.canvas.is_real_BS[index_B, :width] &= ~is_beyond_BS
-        trace.canvas.is_completion_BS[index_B, :width] &= ~is_beyond_BS
-    trace.canvas.input_BS[index_B, :width] = ids_BS
-    trace.step_map_BS[index_B, :width] = step_map_BS
-    trace.logp_BS[index_B, :width] = batch.logp_BS.cpu()
-    trace.nfe_B[index_B] = batch.step_B.cpu()
-    if trace.edits is not None:
-        trace.edits = Edits.joined([trace.edits, *(_in_trace(part, index_B) for part in batch.edits)])
+        end_N = (batch.start_B[row_N] + batch.block_length).cpu()
+        is_beyond_NS = torch.arange(width) >= end_N[:, None]
+        ids_NS = ids_NS.masked_fill(is_beyond_NS, pad_id)
+        step_map_NS = step_map_NS.masked_fill(is_beyond_NS, GIVEN)
+        trace.canvas.is_real_BS[index_N, :width] &= ~is_beyond_NS
+        trace.canvas.is_completion_BS[index_N, :width] &= ~is_beyond_NS
+    trace.canvas.input_BS[index_N, :width] = ids_NS
+    trace.step_map_BS[index_N, :width] = step_map_NS
+    trace.logp_BS[index_N, :width] = logp_NS
+    trace.nfe_B[index_N] = batch.step_B[row_N].cpu()
+
+
+def with_edits(trace: TraceBatch, batch: Batch) -> TraceBatch:
+    """The trace with the edits of a batch of the same rows, if the rollout could edit."""
+    if trace.edits is None:
+        return trace
+    fields = [field.name for field in dataclasses.fields(Edits)]
+    parts = [Edits(**{name: getattr(part, name).cpu() for name in fields}) for part in batch.edits]
+    return dataclasses.replace(trace, edits=Edits.joined(parts))
+
+
+def trace_rows(trace: TraceBatch, rows: list[int]) -> TraceBatch:
+    """Finished rows of a trace as a trace of their own, without edits."""
+    index_N = torch.tensor(rows)
+    names = ("step_map_BS", "logp_BS", "nfe_B", "is_eos_B", "sample_id_B")
+    chosen = {name: getattr(trace, name)[index_N] for name in names}
+    return finished(dataclasses.replace(trace, canvas=trace.canvas.rows(index_N), edits=None, **chosen))
 
 
 def finished(trace: TraceBatch) -> TraceBatch:
@@ -82,12 +99,6 @@ def finished(trace: TraceBatch) -> TraceBatch:
         logp_BS=trace.logp_BS[:, :width],
     )
     return dataclasses.replace(narrow, is_eos_B=has_eos(narrow))
-
-
-def _in_trace(edits: Edits, index_B: Tensor) -> Edits:
-    """Edits of a batch as those of the rows `index_B` of a trace, on the CPU."""
-    moved = {field.name: getattr(edits, field.name).cpu() for field in dataclasses.fields(edits)}
-    return Edits(**{**moved, "row_E": index_B[moved["row_E"]]})
 
 
 def _columns(canvas: Canvas, width: int, device: torch.device) -> Canvas:

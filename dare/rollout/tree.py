@@ -27,8 +27,9 @@ from dare.core.types import TraceBatch, Tree
 from dare.families.base import Family
 from dare.rollout.batch import Batch
 from dare.rollout.engine import Run
+from dare.rollout.live import Live
 from dare.rollout.plan import Plan, check_prompts, make_plan
-from dare.rollout.record import begin_batch, empty_trace, finished, record_batch
+from dare.rollout.record import begin_batch, empty_trace, finished, record_rows
 
 
 def grow_trees(
@@ -61,7 +62,7 @@ def grow_trees(
     trace = empty_trace(family, plan, canvas, sample_ids, weights_version)
     levels: list[list[Tensor]] = [[] for _ in range(len(branching) + 1)]
     roots_T = torch.arange(0, len(prompts), num_leaves)
-    with torch.no_grad():
+    with torch.no_grad(), plan.weights(family):
         for root_T in torch.split(roots_T, max(1, decode.batch_size // num_leaves)):
             batch = begin_batch(family, plan, trace, root_T)
             leaf_row_H = root_T
@@ -70,7 +71,7 @@ def grow_trees(
                 levels[level].append(functional.pad(batch.canvas.input_BS.cpu(), (0, width)))
                 if num_children:
                     batch, leaf_row_H = _grow(family, batch, plan, key, trace, leaf_row_H, branching, level)
-            record_batch(batch, trace, leaf_row_H, family.spec.pad_id)
+            record_rows(batch, trace, torch.arange(len(leaf_row_H)), leaf_row_H, family.spec.pad_id)
             if on_progress is not None:
                 on_progress(int(leaf_row_H.max()) + 1, len(prompts))
     done = finished(trace)
@@ -92,13 +93,15 @@ def _grow(
     num_nodes, device = len(leaf_row_H), batch.start_B.device
     index_H = torch.arange(num_nodes).repeat_interleave(num_children)
     leaf_row_H = leaf_row_H[index_H] + torch.arange(num_children).repeat(num_nodes) * stride
+    twins = index_H.tolist()
     index_H = index_H.to(device)
     is_last = level + 1 == len(branching)
     total_B = _num_blocks(batch) * plan.num_steps
     stop_B = total_B * (level + 1) // len(branching)
     stop_H = torch.full_like(index_H, torch.iinfo(torch.int64).max) if is_last else stop_B[index_H]
     children = batch.branch(index_H, trace.sample_id_B[leaf_row_H].to(device), stop_H)
-    for _ in Run(family, plan, key, children).steps():
+    live = Live(children, range(len(twins)), twins, len(twins))
+    for _ in Run(family, plan, key, children, live).steps():
         pass
     return children, leaf_row_H
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -13,6 +13,13 @@ from dare.core.errors import DareError
 from dare.core.recipe import Recipe, load_recipe
 
 PromptWords = str | list[int] | list[dict[str, str]]
+
+
+class FilePrompt(NamedTuple):
+    """A prompt of a file, and its place there: FILE:LINE."""
+
+    where: str
+    words: PromptWords
 
 
 @dataclass
@@ -83,7 +90,7 @@ def read_prompts(texts: list[str], id_lists: list[str], file: Path | None, *, is
     prompts: list[PromptWords] = [_chat(text) if is_chat else text for text in texts]
     prompts += [_parse_ids(words) for words in id_lists]
     if file is not None:
-        prompts += _read_file(file, is_chat=is_chat)
+        prompts += [prompt.words for prompt in read_prompt_file(file, is_chat=is_chat)]
     if not prompts:
         raise DareError("there is no prompt", fix='give --prompt TEXT, --prompt-ids "1,2,3" or --file prompts.jsonl')
     return prompts
@@ -109,16 +116,14 @@ def _parse_ids(words: str) -> list[int]:
         raise DareError("token ids are integers", where="--prompt-ids", got=words, expected='"1,2,3"') from None
 
 
-def _read_file(path: Path, *, is_chat: bool) -> list[PromptWords]:
+def read_prompt_file(path: Path, *, is_chat: bool) -> list[FilePrompt]:
+    """The prompts of a file of JSON lines, in order. Raises DareError naming the line that is malformed."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DareError("cannot read the prompts", where=str(path), got=str(error)) from None
-    return [
-        _read_line(line, where=f"{path}:{index}", is_chat=is_chat)
-        for index, line in enumerate(lines, start=1)
-        if line.strip()
-    ]
+    places = [(f"{path}:{index}", line) for index, line in enumerate(lines, start=1) if line.strip()]
+    return [FilePrompt(where, _read_line(line, where=where, is_chat=is_chat)) for where, line in places]
 
 
 def _read_line(line: str, *, where: str, is_chat: bool) -> PromptWords:

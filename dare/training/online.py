@@ -77,6 +77,11 @@ def run_online(session: Session, engine: Engine, algorithm: Algorithm[Any], task
             metrics["trained_reward"] = _mean_trained_reward(rollouts)
         if recipe.groups.is_filtering:
             metrics["kept_groups"] = len(set(samples.group_B.tolist())) / len(distinct)
+        if updates and step == session.first_step + 1 and "mismatch_kl" not in metrics:
+            session.reporter.message(
+                f"warning: {recipe.algorithm.name} scores no canvas that the rollout saw, so the mismatch between "
+                "trainer and rollout is not measured"
+            )
         session.record_step(step, metrics, num_tokens=int(samples.is_scored_BS.sum()))
         if session.is_due(recipe.log.samples_every, step):
             _show_samples(session, step, scored, tokenizer)
@@ -111,6 +116,7 @@ def build_samples(
         group_B=group_B,
         mask_id=trace.mask_id,
         step_map_BS=trace.step_map_BS,
+        is_rewritten=trace.edits is not None or trace.decode.get("remask", "none") != "none",
         rollout_logp_BS=trace.logp_BS,
         rollout_temperature=trace.temperature or 1.0,
         eos_ids=trace.eos_ids,

@@ -23,7 +23,7 @@ from dare.core.engine import Engine
 from dare.core.errors import NonFiniteError
 from dare.core.rng import Key
 from dare.core.types import AuxLoss, Judgement, Loss, Samples, Views
-from dare.training.mismatch import rollout_gap
+from dare.training.mismatch import mismatch
 from dare.training.noise import nll_by_noise
 
 
@@ -35,7 +35,7 @@ class Iteration:
     old_RS: Tensor | None  # None: the first scoring pass of the update is the old policy's
     reference_RS: Tensor | None
     judgement: Judgement | None = None  # of the critic, before the first update
-    is_first: bool = True  # the policy is still the one that the rollout was made with
+    is_first: bool = False  # the weights are those of the rollout
     num_forwards: int = 0  # views that were run forward for all this
 
 
@@ -86,20 +86,18 @@ def update(engine: Engine, algorithm: Algorithm[Any], samples: Samples, iteratio
     views = iteration.views
     samples = replace(samples, judgement=iteration.judgement)
     auxiliary = algorithm.auxiliary(views, samples)
-    mismatch: float | None = None
     if algorithm.is_linear:
         # The gradient of a linear loss does not depend on where it is taken, so no scoring pass is needed.
         zero_RS = torch.zeros(views.noisy_RS.shape)
         _, grad_RS = _loss_and_grad(algorithm, zero_RS, zero_RS, iteration, samples)
-        logp_RS = engine.accumulate(views, samples, grad_RS, auxiliary=auxiliary)
+        logp_RS = known_RS = engine.accumulate(views, samples, grad_RS, auxiliary=auxiliary)
         num_forwards = iteration.num_forwards + _num_run(logp_RS)
         logp_RS = torch.where(logp_RS.isnan() & (grad_RS == 0), 0.0, logp_RS)
         loss = algorithm.loss(logp_RS, logp_RS, iteration.reference_RS, views, samples)
         gap = 0.0
     else:
-        logp_RS = engine.score(views, samples)
+        logp_RS = known_RS = engine.score(views, samples)
         old_RS = logp_RS if iteration.old_RS is None else iteration.old_RS
-        mismatch = rollout_gap(logp_RS, views, samples) if iteration.is_first else None
         loss, grad_RS = _loss_and_grad(algorithm, logp_RS, old_RS, iteration, samples)
         replay_RS = engine.accumulate(views, samples, grad_RS, auxiliary=auxiliary)
         num_forwards = iteration.num_forwards + views.num_views + _num_run(replay_RS)
@@ -110,8 +108,6 @@ def update(engine: Engine, algorithm: Algorithm[Any], samples: Samples, iteratio
     if algorithm.kind == "offline":
         metrics |= {name: metric.mean for name, metric in nll_by_noise(logp_RS, views, samples).items()}
     value = float(loss.value.detach())
-    if mismatch is not None:
-        metrics["rollout_gap"] = mismatch
     if auxiliary is not None:
         metrics[auxiliary.name] = _aux_value(auxiliary)
         value += metrics[auxiliary.name]
@@ -119,7 +115,9 @@ def update(engine: Engine, algorithm: Algorithm[Any], samples: Samples, iteratio
     if algorithm.critic_lr is not None:
         critic, num_critic = _accumulate_critic(engine, algorithm, samples, views)
         num_forwards += num_critic
-    metrics = {"loss": value, **metrics, "replay_gap": gap, "view_forwards": float(num_forwards), **engine.step()}
+    drift = mismatch(known_RS, views, samples) if iteration.is_first else {}
+    counts = {"replay_gap": gap, "view_forwards": float(num_forwards)}
+    metrics = {"loss": value, **metrics, **counts, **drift, **engine.step()}
     if critic:
         critic |= engine.step(role="critic")
     return {**metrics, **{f"critic/{name}": number for name, number in critic.items()}}

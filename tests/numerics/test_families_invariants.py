@@ -351,15 +351,16 @@ def test_a_slot_holds_what_was_written_last() -> None:
     assert torch.equal(value, -key)
 
 
-def test_chosen_rows_of_a_cache_are_a_copy() -> None:
+def test_rows_of_a_cache_are_copied_from_what_was_there_before() -> None:
     memory = KVCache(2, 3, 1, 4, 2, dtype=torch.float32, device=torch.device("cpu"))
-    memory.write(
-        1, torch.arange(3.0).view(3, 1, 1, 1).expand(3, 1, 1, 2), torch.zeros(3, 1, 1, 2), torch.zeros(3, 1).long()
-    )
-    chosen = memory.rows(torch.tensor([2, 0]))
-    assert chosen.keys[1][:, 0, 0, 0].tolist() == [2, 0]
-    chosen.keys[1].zero_()
-    assert memory.keys[1][2, 0, 0, 0] == 2
+    for slot in (0, 2):
+        key = torch.arange(3.0).view(3, 1, 1, 1).expand(3, 1, 1, 2)
+        memory.write(1, key, -key, torch.full((3, 1), slot))
+    memory.copy_rows(torch.tensor([0, 2]), torch.tensor([2, 1]), 2)
+    assert memory.keys[1][:, 0, 0, 0].tolist() == [2, 1, 1]
+    assert memory.values[1][:, 0, 0, 1].tolist() == [-2, -1, -1]
+    assert memory.keys[1][:, 2, 0, 0].tolist() == [0, 1, 2]
+    assert not memory.keys[0].any()
 
 
 # --- misuse

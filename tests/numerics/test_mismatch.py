@@ -1,110 +1,107 @@
-"""Trainer against rollout: recognised from the views alone, zero for equal weights, and what differs otherwise."""
+"""Trainer against rollout: which targets of any views are states of the rollout, and how far apart both are."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+import dataclasses
+from typing import Any
 
 import pytest
 import torch
 
 from dare.core.decode import Decode
 from dare.core.recipe import parse_recipe
-from dare.core.registry import resolve
+from dare.core.reward_recipe import RewardRecipe
 from dare.core.rng import Key
+from dare.core.text import Prompt, Reward
 from dare.core.types import Samples, Views
-from dare.diffusion.trace import scored_mask
+from dare.diffusion.trace import scored_mask, to_completions
+from dare.evals.runner import Scored
 from dare.families.base import Family
-from dare.report.trace_rows import read_row
+from dare.rewards.mix import RewardMix
 from dare.rollout.engine import denoise
-from dare.rollout.trace_file import load_trace
-from dare.terminal.progress import NullReporter
-from dare.training.mismatch import rollout_gap
-from dare.training.run import train
-from tests.conftest import tiny_family
+from dare.training.mismatch import is_rollout_state, mismatch
+from dare.training.online import build_samples
+from tests.golden_checkpoints import golden_family
 
-PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 1], [8]]
+PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7, 9], [3]]
 
 
-def rollout(family: Family, temperature: float = 1.0) -> Samples:
-    decode = Decode(gen_length=8, block_length=4, steps_per_block=2, unmask="max_prob", temperature=temperature)
-    trace = denoise(family, PROMPTS, decode, Key(1), [1, 2, 3])
-    return Samples(
-        canvas=trace.canvas,
-        is_scored_BS=scored_mask(trace),
-        sample_id_B=trace.sample_id_B,
-        advantage_B=torch.ones(3),
-        group_B=torch.arange(3),
-        mask_id=trace.mask_id,
-        step_map_BS=trace.step_map_BS,
-        rollout_logp_BS=trace.logp_BS,
-        rollout_temperature=temperature,
-        eos_ids=trace.eos_ids,
-    )
+def algorithm_of(name: str) -> Any:
+    recipe = {"name": "t", "model": {"create": {"family": "llada"}}, "algorithm": name, "task": "chain_sum"}
+    return parse_recipe(recipe, where="test").algorithm.build()
 
 
-def views_of(name: str, samples: Samples) -> Views:
-    plugin = resolve("algorithms", name)
-    views: Views = plugin(plugin.Config()).corrupt(samples, Key(2))
-    return views
-
-
-@pytest.mark.parametrize("family_name", ["llada", "sdar"])
-@pytest.mark.parametrize("algorithm", ["cj_grpo", "agrpo"])
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_equal_weights_agree_and_others_do_not(family_name: str, algorithm: str, temperature: float) -> None:
-    family, other = tiny_family(family_name), tiny_family(family_name, seed=1)
-    samples = rollout(family, temperature)
-    views = views_of(algorithm, samples)
-    canvas = samples.canvas.rows(views.sample_R)
-    with torch.no_grad():
-        same = rollout_gap(family.view_logp(views, canvas), views, samples)
-        different = rollout_gap(other.view_logp(views, canvas), views, samples)
-    assert same is not None
-    assert different is not None
-    assert same < 1e-5
-    assert different > 0.05
-
-
-def test_a_known_difference_is_measured(families: dict[str, Family]) -> None:
-    samples = rollout(families["llada"])
-    views = views_of("cj_grpo", samples)
-    with torch.no_grad():
-        logp_RS = families["llada"].view_logp(views, samples.canvas.rows(views.sample_R))
-    assert rollout_gap(logp_RS + 0.25, views, samples) == pytest.approx(0.25, abs=1e-5)
-
-
-def test_views_of_other_canvases_say_nothing(families: dict[str, Family]) -> None:
-    samples = rollout(families["llada"])
-    views = views_of("cj_grpo", samples)
-    zeros_RS = torch.zeros(views.noisy_RS.shape)
-    moved = Views(**{**vars(views), "noisy_RS": torch.where(samples.canvas.is_real_BS[views.sample_R], 5, 0)})
-    assert rollout_gap(zeros_RS, moved, samples) is None
-    assert rollout_gap(zeros_RS, Views(**{**vars(views), "temperature": 0.5}), samples) is None
-    assert rollout_gap(zeros_RS, views, Samples(**{**vars(samples), "rollout_logp_BS": None})) is None
-
-
-def test_training_keeps_traces_of_the_samples_it_shows(tiny_checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    data = {
-        "name": "traced",
-        "model": {"path": str(tiny_checkpoints["sdar"])},
-        "algorithm": {"name": "cj_grpo"},
-        "task": {"name": "tests.even_digits:EvenDigits", "train_size": 20, "eval_size": 8},
-        "decode": {"gen_length": 8, "block_length": 4, "temperature": 1.0, "unmask": "max_prob"},
-        "train": {"steps": 1, "prompts_per_step": 2, "completions_per_prompt": 2},
-        "evaluation": {"num": 4, "num_records": 3, "temperature": 0.7},
-        "log": {"traces": 3},
-    }
-    train(parse_recipe(data, where="test"), tmp_path / "run", NullReporter())
-    assert sorted(path.name for path in (tmp_path / "run" / "traces").iterdir()) == [
-        "step-000000.safetensors",
-        "step-000001.safetensors",
+def rollout(family: Family, **changes: Any) -> Samples:
+    decode = Decode(**{"gen_length": 8, "block_length": 4, "temperature": 0.8, "unmask": "max_prob"} | changes)
+    trace = denoise(family, PROMPTS, decode, Key(0), [1, 2, 3, 4])
+    scored = [
+        Scored(Prompt(uid=str(row), text=""), completion, "", Reward(float(row % 2), row % 2 == 1), [])
+        for row, completion in enumerate(to_completions(trace))
     ]
-    lines = (tmp_path / "run" / "samples.jsonl").read_text().split("\n")
-    shown = [line for line in map(json.loads, filter(None, lines)) if line["step"] == 1]
-    file = load_trace(tmp_path / "run" / "traces" / "step-000001.safetensors")
-    for index, sample in enumerate([line for line in shown if line["split"] == "eval"]):
-        row = read_row(file, index)
-        assert row.label == sample["uid"]
-        steps = [step for step, is_open in zip(row.order, row.is_completion, strict=True) if is_open]
-        assert steps[: len(sample["step_map"])] == sample["step_map"]
+    samples = build_samples(algorithm_of("cj_grpo"), trace, scored, 2, RewardMix(RewardRecipe(), 8))
+    assert torch.equal(samples.is_scored_BS, scored_mask(trace))
+    return samples
+
+
+def scores(family: Family, views: Views, samples: Samples) -> torch.Tensor:
+    with torch.no_grad():
+        return family.view_logp(views, samples.canvas.rows(views.sample_R))
+
+
+@pytest.mark.parametrize("algorithm", ["cj_grpo", "tracerl", "justgrpo", "espo", "d1", "coupled_grpo", "wd1", "bgpo"])
+@pytest.mark.parametrize("name", ["llada", "sdar"])
+def test_what_is_compared_is_the_same_number(name: str, algorithm: str) -> None:
+    """Whoever drew the views: wherever they are said to be states of the rollout, both log-probs agree."""
+    family = golden_family(name)
+    samples = rollout(family)
+    views = algorithm_of(algorithm).corrupt(samples, Key(1))
+    found = mismatch(scores(family, views, samples), views, samples)
+    if algorithm == "cj_grpo":
+        assert found["mismatch_share"] == 1.0
+    if found:
+        assert found["mismatch_max"] < 1e-4
+        assert 0.0 <= found["mismatch_kl"] < 1e-8
+    is_same_RS, is_full = is_rollout_state(views, samples), name == "llada"
+    for view, position in is_same_RS.nonzero().tolist():
+        row = int(views.sample_R[view])
+        step = int(samples.step_map_BS[row, position])  # type: ignore[index]
+        before_S = torch.where(samples.step_map_BS[row] >= step, samples.mask_id, samples.canvas.input_BS[row])  # type: ignore[index]
+        is_near_S = samples.canvas.is_real_BS[row]
+        if not is_full:
+            is_near_S = is_near_S & (samples.canvas.block_BS[row] == samples.canvas.block_BS[row, position])
+        assert torch.equal(views.noisy_RS[view][is_near_S], before_S[is_near_S])
+
+
+def test_a_stale_cache_and_foreign_numbers_show() -> None:
+    family = golden_family("llada")
+    algorithm = algorithm_of("cj_grpo")
+    stale = rollout(family, cache="dual")
+    views = algorithm.corrupt(stale, Key(1))
+    assert mismatch(scores(family, views, stale), views, stale)["mismatch_kl"] > 1e-6
+    samples = rollout(family)
+    views = algorithm.corrupt(samples, Key(1))
+    logp_RS = scores(family, views, samples)
+    assert samples.rollout_logp_BS is not None
+    shifted = dataclasses.replace(samples, rollout_logp_BS=samples.rollout_logp_BS - 0.1)
+    found = mismatch(logp_RS, views, shifted)
+    assert found["mismatch_max"] == pytest.approx(0.1, abs=1e-4)
+    assert found["mismatch_kl"] == pytest.approx(0.1**2 / 2, rel=0.1)
+    unknown_RS = logp_RS.clone()
+    unknown_RS[1:] = torch.nan
+    part = mismatch(unknown_RS, views, samples)["mismatch_share"]
+    assert part == int(views.is_target_RS[0].sum()) / int(views.is_target_RS.sum())
+
+
+def test_nothing_is_compared_that_is_not_the_same() -> None:
+    family, algorithm = golden_family("llada"), algorithm_of("cj_grpo")
+    samples = rollout(family)
+    views = algorithm.corrupt(samples, Key(1))
+    logp_RS = scores(family, views, samples)
+    assert mismatch(logp_RS, dataclasses.replace(views, temperature=1.0), samples) == {}
+    assert mismatch(logp_RS, views, dataclasses.replace(samples, is_rewritten=True)) == {}
+    assert mismatch(logp_RS, views, dataclasses.replace(samples, rollout_logp_BS=None)) == {}
+    noisy_RS = views.noisy_RS.clone()
+    noisy_RS[:, 0] = 7  # another prompt
+    assert mismatch(logp_RS, dataclasses.replace(views, noisy_RS=noisy_RS), samples) == {}
+    assert rollout(family, edit_threshold=0.5, unmask="threshold", threshold=0.3).is_rewritten
+    assert rollout(family, remask="rcr", steps_per_block=2).is_rewritten

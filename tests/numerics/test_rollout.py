@@ -19,7 +19,7 @@ from dare.core.decode import DYNAMIC_POLICIES, Decode, UnmaskPolicy
 from dare.core.errors import NonFiniteError
 from dare.core.rng import Key
 from dare.core.types import GIVEN, UNSAMPLED, Samples, TraceBatch
-from dare.diffusion import corrupt
+from dare.diffusion import corrupt, unmask
 from dare.diffusion import trace as traces
 from dare.families.base import Family
 from dare.families.weights import load_family
@@ -118,6 +118,38 @@ def test_left_to_right_is_left_to_right(name: str) -> None:
     for row in range(len(PROMPTS)):
         steps = trace.step_map_BS[row][trace.canvas.is_completion_BS[row]].tolist()
         assert steps == list(range(len(steps)))
+
+
+@pytest.mark.parametrize(("length", "steps", "counts"), [(16, None, [1, 2, 4, 9]), (8, 2, [1, 7]), (4, 4, [1, 2, 1])])
+def test_ascending_steps_double_and_the_last_takes_the_rest(length: int, steps: int | None, counts: list[int]) -> None:
+    trace = run(
+        _FAMILIES["llada"], gen_length=2 * length, block_length=length, steps_per_block=steps, schedule="ascending"
+    )
+    for row in range(len(PROMPTS)):
+        step_of = trace.step_map_BS[row][trace.canvas.is_completion_BS[row]]
+        assert step_of.bincount().tolist() == counts * 2
+    assert torch.equal(replayed_logp(_FAMILIES["llada"], trace) < 0, trace.logp_BS < 0)
+
+
+def test_an_early_eos_counts_as_less_sure() -> None:
+    """The factor rises to 1; tokens are drawn as before, only their order changes; 1 is no discount."""
+    family, prompts = ending_early(_FAMILIES["llada"], 40), [[row, 3] for row in range(24)]
+    options: dict[str, Any] = {"gen_length": 8, "block_length": 8, "steps_per_block": 4}
+    plain, none, discounted = (run(family, prompts, eos_discount=eos, **options) for eos in (None, 1.0, 0.01))
+    assert torch.equal(plain.step_map_BS, none.step_map_BS)
+    assert torch.equal(plain.canvas.input_BS, none.canvas.input_BS)
+    steps = []
+    for trace in (plain, discounted):
+        is_eos_BS = traces.is_eos(trace.canvas.input_BS, family.spec.eos_ids) & (trace.step_map_BS >= 0)
+        steps.append(trace.step_map_BS[is_eos_BS].float().mean())
+        torch.testing.assert_close(replayed_logp(family, trace), trace.logp_BS, atol=1e-4, rtol=0)
+    assert steps[1] > steps[0]
+    step_B = torch.arange(5)
+    assert unmask.progress("even", 5, step_B).tolist() == [0, 0.25, 0.5, 0.75, 1]
+    assert unmask.progress("ascending", 4, step_B[:4]).tolist() == [1 / 16, 3 / 16, 7 / 16, 15 / 16]
+    assert unmask.progress("even", 1, step_B[:1]).tolist() == [1]
+    with pytest.raises(ValueError, match="use low_confidence"):
+        Decode(unmask="max_prob", eos_discount=0.4)
 
 
 # --- replay ---

@@ -60,9 +60,11 @@ def equal_fields(one: Any, other: Any) -> bool:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_recording_changes_nothing(families: dict[str, Family], name: str) -> None:
+    """Log-probs up to rounding: without drafts the last layer runs on fewer rows, so its matmuls have other shapes."""
     plain, recorded = rollout(families[name], has_drafts=False), rollout(families[name])
     assert plain.drafts is None
-    assert equal_fields(plain, dataclasses.replace(recorded, drafts=None))
+    torch.testing.assert_close(recorded.logp_BS, plain.logp_BS, rtol=0, atol=1e-6)
+    assert equal_fields(plain, dataclasses.replace(recorded, drafts=None, logp_BS=plain.logp_BS))
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -77,7 +77,7 @@ def test_instant_verbs_load_nothing_heavy(words: list[str], recipe_file: Path) -
     "verb",
     [
         *("train", "eval", "eval compare", "eval table", "generate", "check", "show", "list", "report"),
-        *("data inspect", "data path", "data fetch"),
+        *("data inspect", "data path", "data fetch", "bench rollout"),
     ],
     ids=str,
 )

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from dare.families.base import Network
+from dare.families.network import Network
 from dare.families.weights import find_family_type
 
 Shapes = dict[str, tuple[int, ...]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,11 +12,7 @@ from dare.families.layers.rope import Rotation, rotate
 
 
 class KVCache:
-    """Rotated keys and values of one batch, written in place: per layer two tensors [B, Hkv, S, hd].
-
-    Slot = position. Which slots a query may see is the caller's `visible` mask, so a noisy block can be
-    written and later overwritten by its clean version.
-    """
+    """Rotated keys and values of B rows, written in place: per layer two tensors [B, S, Hkv, hd]. Slot = position."""
 
     def __init__(
         self,
@@ -29,27 +25,92 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        shape = (batch_size, num_kv_heads, length, head_dim)
+        shape = (batch_size, length, num_kv_heads, head_dim)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
 
     @property
     def length(self) -> int:
-        return self.keys[0].shape[2]
+        return self.keys[0].shape[1]
 
-    def write(self, layer: int, key_BHTd: Tensor, value_BHTd: Tensor, slot_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Store keys and values at `slot_BT` (int64 [B, T]) and return all slots of the layer."""
-        index = slot_BT[:, None, :, None].expand_as(key_BHTd)
-        self.keys[layer].scatter_(2, index, key_BHTd)
-        self.values[layer].scatter_(2, index, value_BHTd)
-        return self.keys[layer], self.values[layer]
+    def write(
+        self, layer: int, key_BHTd: Tensor, value_BHTd: Tensor, slot_BT: Tensor, row_B: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Store keys and values at `slot_BT` of the rows `row_B` (default: all); the layer, [B, Hkv, S, hd]."""
+        keys, values = self.keys[layer], self.values[layer]
+        row_B = torch.arange(len(slot_BT), device=slot_BT.device) if row_B is None else row_B
+        place = (row_B[:, None], slot_BT)
+        keys[place], values[place] = key_BHTd.transpose(1, 2), value_BHTd.transpose(1, 2)
+        return keys.transpose(1, 2), values.transpose(1, 2)
 
-    def rows(self, row_B: Tensor) -> KVCache:
-        """A copy with the chosen rows."""
-        chosen = object.__new__(KVCache)
-        chosen.keys = [key[row_B] for key in self.keys]
-        chosen.values = [value[row_B] for value in self.values]
-        return chosen
+    def attend(
+        self, layer: int, query_BHTd: Tensor, key_BHTd: Tensor, value_BHTd: Tensor, slot_BT: Tensor, visible: Visible
+    ) -> Tensor:
+        """[B, H, T, hd]: `CacheRows.attend` of all rows on all slots."""
+        key, value = self.write(layer, key_BHTd, value_BHTd, slot_BT)
+        return attend(query_BHTd, key, value, visible)
+
+    def copy_rows(self, target_N: Tensor, source_N: Tensor, length: int) -> None:
+        """The first `length` slots of the rows `source_N`, as they are now, into the rows `target_N`."""
+        for stored in (*self.keys, *self.values):
+            stored[target_N, :length] = stored[source_N, :length]
+
+
+@dataclass(frozen=True)
+class CacheRows:
+    """The part of a cache that one call works on: row b of the call is row `row_B[b]` of the cache.
+
+    A call first writes the keys and values of its tokens, then attends to what each row holds, the tokens just
+    written included. Which slots a query may see is the caller's `visible` mask, so a noisy block can be written and
+    later overwritten by its clean version.
+
+    num_first  the first rows of the call are the first rows of the cache, in order: they are read where they lie
+    width      slots that are read
+    is_fresh   the call's own tokens are all that its rows see, so nothing is read back
+    """
+
+    cache: KVCache
+    row_B: Tensor
+    num_first: int
+    width: int
+    is_fresh: bool = False
+
+    def attend(
+        self, layer: int, query_RHQd: Tensor, key_BHTd: Tensor, value_BHTd: Tensor, slot_BT: Tensor, visible: Visible
+    ) -> Tensor:
+        """[R, H, Q, hd]: the queries of the call's first R rows, after the keys and values of all rows are stored."""
+        keys, values = self.cache.write(layer, key_BHTd, value_BHTd, slot_BT, self.row_B)
+        num_rows = len(query_RHQd)
+        if not num_rows:
+            return query_RHQd
+        if self.is_fresh:
+            return attend(query_RHQd, key_BHTd[:num_rows], value_BHTd[:num_rows], visible)
+        num_first, parts = min(self.num_first, num_rows), []
+        for start, stop, index in (
+            (0, num_first, slice(0, num_first)),
+            (num_first, num_rows, self.row_B[num_first:num_rows]),
+        ):
+            if start < stop:
+                key, value = (stored[:, :, : self.width][index] for stored in (keys, values))
+                parts.append(attend(query_RHQd[start:stop], key, value, _rows(visible, start, stop)))
+        return torch.cat(parts) if len(parts) != 1 else parts[0]
+
+
+Cache = KVCache | CacheRows
+
+
+@dataclass(frozen=True)
+class Read:
+    """The hidden states that a call is made for; its last layer computes nothing else but keys and values.
+
+    num_rows   they are in the first R rows of the call; 0 = the call only stores keys and values
+    column_RQ  int64: columns of these rows that attend in the last layer; None = all, Q = T
+    place_N    int64 into the flattened [R, Q]: the states themselves
+    """
+
+    num_rows: int
+    column_RQ: Tensor | None
+    place_N: Tensor
 
 
 @dataclass(frozen=True)
@@ -101,6 +162,10 @@ class Packed:
 Visible = Tensor | SharedContext | Packed | None
 
 
+def _rows(visible: Visible, start: int, stop: int) -> Visible:
+    return visible[start:stop] if isinstance(visible, Tensor) and len(visible) > 1 else visible
+
+
 def attend(query_BHTd: Tensor, key_BHKd: Tensor, value_BHKd: Tensor, visible: Visible) -> Tensor:
     """Scaled dot-product attention [B, H, T, hd]; grouped key/value heads are repeated as needed."""
     if isinstance(visible, Packed):
@@ -147,21 +212,61 @@ def _attend_documents(query_1HNd: Tensor, key_1HNd: Tensor, value_1HNd: Tensor, 
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """What the attention of every layer shares in one forward; `position_BT` are also the slots of the cache."""
+    """What the attention of every layer shares in one forward; `position_BT` are also the slots of the cache.
+
+    A layer asks `queries` which of its inputs attend, and `outputs` which of them go on: all of them, except in the
+    last layer of a forward that is read at some positions only (see `reading`).
+    """
 
     position_BT: Tensor
     turn: Rotation
     visible: Visible
-    cache: KVCache | None
+    cache: Cache | None
+    read: Read | None = None
+    query_turn: Rotation | None = None
+
+    def reading(self, read: Read | None) -> AttentionCall:
+        """The call of the last layer."""
+        if read is None:
+            return self
+        num_rows, column_RQ = read.num_rows, read.column_RQ
+        cos, sin = self.turn.cos[:num_rows], self.turn.sin[:num_rows]
+        visible = _rows(self.visible, 0, num_rows)
+        if column_RQ is not None:
+            index = column_RQ[:, None, :, None]
+            cos, sin = (angle.take_along_dim(index, 2) for angle in (cos, sin))
+            if isinstance(visible, Tensor) and visible.shape[2] > 1:
+                visible = visible.take_along_dim(index, 2)
+        return replace(self, visible=visible, read=read, query_turn=Rotation(cos, sin))
+
+    def queries(self, x_BT: Tensor) -> Tensor:
+        """[R, Q, ...]: the part of [B, T, ...] that attends."""
+        if self.read is None:
+            return x_BT
+        first = x_BT[: self.read.num_rows]
+        if self.read.column_RQ is None:
+            return first
+        row_R1 = torch.arange(len(first), device=first.device)[:, None]
+        return first[row_R1, self.read.column_RQ]
+
+    def outputs(self, x_BTD: Tensor) -> Tensor:
+        """[1, N, D]: the part of [B, T, D] that is read; everything where there is nothing to choose."""
+        return x_BTD if self.read is None else self.queries(x_BTD).flatten(0, 1)[self.read.place_N][None]
 
 
 def rotary_attention(
-    query_BTHd: Tensor, key_BTHd: Tensor, value_BTHd: Tensor, layer: int, call: AttentionCall
+    query_RQHd: Tensor, key_BTHd: Tensor, value_BTHd: Tensor, layer: int, call: AttentionCall
 ) -> Tensor:
-    """[B, T, H * hd]: rotate queries and keys, store keys and values if there is a cache, attend."""
-    query = rotate(query_BTHd.transpose(1, 2), call.turn)
+    """Rotate queries and keys, store keys and values if there is a cache, attend.
+
+    [B, T, H * hd]; where only some positions are read [1, N, H * hd], from the queries that `call.queries` names.
+    """
+    query = rotate(query_RQHd.transpose(1, 2), call.turn if call.query_turn is None else call.query_turn)
     key = rotate(key_BTHd.transpose(1, 2), call.turn)
     value = value_BTHd.transpose(1, 2)
     if call.cache is not None:
-        key, value = call.cache.write(layer, key, value, call.position_BT)
-    return attend(query, key, value, call.visible).transpose(1, 2).flatten(2)
+        mixed = call.cache.attend(layer, query, key, value, call.position_BT, call.visible)
+    else:
+        mixed = attend(query, key[: len(query)], value[: len(query)], call.visible)
+    mixed_RQD = mixed.transpose(1, 2).flatten(2)
+    return mixed_RQD if call.read is None else mixed_RQD.flatten(0, 1)[call.read.place_N][None]

@@ -89,7 +89,8 @@ class GroupedSigmoidRouter(Router):
     def forward(self, x_ND: Tensor) -> Route:
         logits_NE = functional.linear(x_ND.float(), self.weight.float())
         score_NE = logits_NE.sigmoid()
-        choice_NGe = (score_NE + self.expert_bias).view(len(x_ND), self.num_groups, -1)
+        group_size = score_NE.shape[-1] // self.num_groups
+        choice_NGe = (score_NE + self.expert_bias).view(len(x_ND), self.num_groups, group_size)
         group_NG = choice_NGe.topk(2, dim=-1).values.sum(-1)
         kept = group_NG.topk(self.groups_per_token, dim=-1).indices
         is_kept_NG = torch.zeros_like(group_NG, dtype=torch.bool).scatter_(-1, kept, True)
@@ -163,6 +164,8 @@ def by_expert(run_sorted: Callable[[Tensor, Tensor], Tensor], x_ND: Tensor, rout
     run_sorted  (rows sorted by expert, end_E) -> rows; rows `end[e - 1]:end[e]` belong to expert e
     """
     num_tokens, per_token = route.expert_NA.shape
+    if not num_tokens:
+        return x_ND
     chosen = route.expert_NA.flatten()
     order = chosen.argsort(stable=True)
     ids_E = torch.arange(route.logits_NE.shape[-1], device=chosen.device)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from dare.families.base import Network
 from dare.families.config import DenseShape
-from dare.families.layers.attention import AttentionCall, KVCache, Visible, rotary_attention
+from dare.families.layers.attention import AttentionCall, Cache, Read, Visible, rotary_attention
 from dare.families.layers.mlp import swiglu
 from dare.families.layers.norm import RMSNorm
 from dare.families.layers.recompute import run_layer
 from dare.families.layers.rope import rotation
+from dare.families.network import Network
 
 
 class LLaDANetwork(Network):
@@ -26,13 +26,21 @@ class LLaDANetwork(Network):
         self.rope_theta = shape.rope_theta
         self.model = _Model(shape)
 
-    def forward(self, ids_BT: Tensor, position_BT: Tensor, visible: Visible, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self,
+        ids_BT: Tensor,
+        position_BT: Tensor,
+        visible: Visible,
+        cache: Cache | None = None,
+        read: Read | None = None,
+    ) -> Tensor:
         transformer = self.model.transformer
         turn = rotation(position_BT, self.head_dim, self.rope_theta)
         call = AttentionCall(position_BT, turn, visible, cache)
         x_BTD: Tensor = transformer.wte(ids_BT)
         for layer, block in enumerate(transformer.blocks):
-            x_BTD = run_layer(block, x_BTD, layer, call, self.recompute)
+            last = call.reading(read) if layer + 1 == self.num_layers else call
+            x_BTD = run_layer(block, x_BTD, layer, last, self.recompute)
         normed: Tensor = transformer.ln_f(x_BTD)
         return normed
 
@@ -82,10 +90,10 @@ class _Block(nn.Module):
     def forward(self, x_BTD: Tensor, layer: int, call: AttentionCall) -> Tensor:
         normed = self.attn_norm(x_BTD)
         heads = (-1, self.head_dim)
-        query = self.q_proj(normed).unflatten(-1, heads)
+        query = self.q_proj(call.queries(normed)).unflatten(-1, heads)
         key = self.k_proj(normed).unflatten(-1, heads)
         value = self.v_proj(normed).unflatten(-1, heads)
-        x_BTD = x_BTD + self.attn_out(rotary_attention(query, key, value, layer, call))
+        x_BTD = call.outputs(x_BTD) + self.attn_out(rotary_attention(query, key, value, layer, call))
         return x_BTD + swiglu(self.ff_norm(x_BTD), self.ff_proj, self.up_proj, self.ff_out)
 
 

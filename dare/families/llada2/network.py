@@ -45,7 +45,7 @@ class _Layer(nn.Module):
         self.mlp = mlp
 
     def forward(self, x_BTD: Tensor, index: int, call: AttentionCall) -> Tensor:
-        x_BTD = x_BTD + self.attention(self.input_layernorm(x_BTD), index, call)
+        x_BTD = call.outputs(x_BTD) + self.attention(self.input_layernorm(x_BTD), index, call)
         result: Tensor = x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
         return result
 
@@ -64,6 +64,7 @@ class _Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, index: int, call: AttentionCall) -> Tensor:
         query, key, value = self.query_key_value(x_BTD).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=-2)
+        query = call.queries(query)
         mixed = rotary_attention(self.query_layernorm(query), self.key_layernorm(key), value, index, call)
         result: Tensor = self.dense(mixed)
         return result
