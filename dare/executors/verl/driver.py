@@ -26,6 +26,7 @@ from dare.executors.local import replayed_rows
 from dare.executors.verl.split import Shard, auxiliary_of, make_shards, split_groups, split_rows
 from dare.families.base import Family
 from dare.families.build import outline
+from dare.families.flops import training_flops
 from dare.rollout.join import join_traces
 from dare.rollout.plan import check_prompts, make_plan
 
@@ -41,6 +42,7 @@ class VerlEngine:
         self.workers = workers
         self.micro_batch_views = micro_batch_views
         self.weights_version = 0
+        self.flops_of_step = 0.0
 
     @classmethod
     def create(
@@ -128,6 +130,9 @@ class VerlEngine:
         rows = replayed_rows(grad_RS, auxiliary)
         if not len(rows):
             return score_RS
+        if role == "policy":
+            chosen = views.rows(rows)
+            self.flops_of_step += training_flops(self.outline, chosen, samples.canvas.rows(chosen.sample_R))
         parts, shards = self._shards(views, samples, rows)
         terms = [auxiliary_of(auxiliary, part) for part in parts]
         found = self.workers.each(
@@ -141,6 +146,8 @@ class VerlEngine:
 
     def step(self, role: Role = "policy") -> dict[str, float]:
         metrics: dict[str, float] = self.workers.each("step", [role] * self.workers.num)[0]
+        if role == "policy" and self.flops_of_step:
+            metrics["model_tflop"], self.flops_of_step = self.flops_of_step / 1e12, 0.0
         return metrics
 
     def publish(self) -> None:
