@@ -188,8 +188,8 @@ MUTATIONS = [
     Mutation(
         "each micro-batch divides by its own views",
         "executors/local.py",
-        "(grad_RS[part].to(score.device) * score).sum() +",
-        "(grad_RS[part].to(score.device) * score).sum() / len(part) +",
+        "((total + sum(terms)) * self.gradient_factor).backward()",
+        "((total + sum(terms)) / max(len(part), 1)).backward()",
         (UPDATE,),
     ),
     Mutation(
