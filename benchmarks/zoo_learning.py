@@ -24,6 +24,8 @@ from typing import Any
 
 import yaml
 
+from dare.core.registry import resolve
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 FAMILIES = ["llada", "sdar"]
@@ -37,7 +39,8 @@ def recipes(family: str) -> list[str]:
     found = {}
     for path in (ROOT / "recipes" / "tiny").glob(f"{family}_*.yaml"):
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if "path" in recipe["model"]:
+        is_online = resolve("algorithms", recipe["algorithm"]["name"]).kind == "online"
+        if "path" in recipe["model"] and is_online:
             found[path.stem] = recipe["algorithm"]["name"]
     return sorted(found, key=lambda stem: found[stem])
 
