@@ -151,7 +151,7 @@ def measure(name: str, num_views: int) -> float:
     options = {} if option is None else {option[0]: max(num_views // option[1], 1)}
     engine, algorithm, samples = prepare(name, num_steps, options)
     for network in [engine.family.network, *([engine.critic] if engine.critic is not None else [])]:
-        for parameter in network.parameters():  # gradients and moments exist before the measurement
+        for _, parameter in network.named_parameters():  # gradients and moments exist before the measurement
             parameter.grad = torch.zeros_like(parameter)
     engine.step()
     if engine.critic is not None:
