@@ -18,7 +18,7 @@ from dare.families.layers.quantized import require_bitsandbytes
 from dare.families.lora import add_adapter, merge_adapter
 from dare.families.weights import create_family, load_family, outline_family, resolve_checkpoint
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # by their names in a recipe
 
 
 def build_family(recipe: ModelRecipe, tokenizer: Any, key: Key, lora: LoraRecipe | None = None) -> Family:
@@ -27,7 +27,7 @@ def build_family(recipe: ModelRecipe, tokenizer: Any, key: Key, lora: LoraRecipe
     With `lora`, a new adapter is on it and nothing else is trainable. Without, an adapter checkpoint is merged into
     its base, so that all weights are trained. Raises DareError for `lora` on a checkpoint that is itself an adapter.
     """
-    dtype, device = _DTYPES[recipe.dtype], pick_device(recipe.device)
+    dtype, device = DTYPES[recipe.dtype], pick_device(recipe.device)
     if recipe.path is None:
         if lora is not None:
             raise ValueError("an adapter of a new model would have no base to be loaded with")

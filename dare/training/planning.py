@@ -19,7 +19,7 @@ from dare.data.packing import packs
 from dare.data.read import Tally
 from dare.diffusion import corrupt
 from dare.families.base import Family
-from dare.families.build import outline, pick_device
+from dare.families.build import DTYPES, outline, pick_device
 from dare.families.tokenizer import encode_prompt
 from dare.tasks.base import Task
 from dare.training.calibrate import calibrate
@@ -29,7 +29,6 @@ from dare.training.offline import rows_to_samples
 from dare.training.plan import MemoryPlan, cache_bytes, make_plan
 from dare.training.run import model_tokenizer, with_checkpoint
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _STEPS_READ = 50  # steps whose rows are looked at for the largest micro-batch
 _PROMPTS_READ = 256
 
@@ -76,7 +75,7 @@ def plan_run(recipe: Recipe) -> RunPlan:
     tally = Tally()
     sources = text_sources(recipe, task, tally, has_pairs=has_pairs) if algorithm.kind == "offline" else []
     tokenizer = model_tokenizer(recipe, task, sources)
-    family = outline(recipe.model, tokenizer).to(_DTYPES[recipe.model.dtype], torch.device("meta"))
+    family = outline(recipe.model, tokenizer).to(DTYPES[recipe.model.dtype], torch.device("meta"))
     engine = _Outline(family)
     algorithm = algorithm.adapted(family.spec)
     if sources:

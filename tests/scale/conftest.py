@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
-    """A cluster of this session's own, with logical CPUs for four workers and a temporary folder that is its own."""
+    """A cluster for these tests alone: logical CPUs for four workers, and a temporary folder of its own."""
     ray = pytest.importorskip("ray", reason="needs the extra dare-dllm[verl]")
     pytest.importorskip("verl", reason="needs the extra dare-dllm[verl]")
     os.environ.setdefault("VERL_PLATFORM", "cpu")

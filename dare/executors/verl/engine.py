@@ -24,12 +24,10 @@ from dare.executors.local import LocalEngine, read_tensors
 from dare.executors.verl import shards
 from dare.executors.verl.model import MODEL_TYPE, DiffusionModel
 from dare.executors.verl.split import Shard
-from dare.families.build import build_family
+from dare.families.build import DTYPES, build_family
 from dare.families.layers.moe import ExpertLoad
 from dare.families.weights import filled_family, load_family, save_family
 from dare.training.optim import Optimizer
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @EngineRegistry.register(model_type=MODEL_TYPE, backend=["fsdp2"], device=["cuda", "npu", "cpu"])
@@ -45,7 +43,7 @@ class DiffusionFSDPEngine(FSDPEngine):  # type: ignore[misc]
         on_cpu = recipe.model.model_copy(update={"dtype": "float32", "device": "cpu"})
         self.shard = shards.sharder(
             self.device_mesh,
-            _DTYPES[recipe.model.dtype],
+            DTYPES[recipe.model.dtype],
             reshard_after_forward=options.reshard_after_forward,
             cpu_offload=options.cpu_offload,
         )
@@ -128,7 +126,7 @@ class DiffusionFSDPEngine(FSDPEngine):  # type: ignore[misc]
     def save(self, directory: Path) -> None:
         """One checkpoint of whole tensors, the one that a single process would write; the first process writes it."""
         is_first = dist.get_rank() == 0
-        family, stored = self.local.family, _DTYPES[self.model_config.recipe.model.dtype]
+        family, stored = self.local.family, DTYPES[self.model_config.recipe.model.dtype]
         weights = shards.whole(_tensors(family.network), is_kept=is_first)
         optimizer = shards.whole(self.local.optimizer.state(), is_kept=is_first)
         if stored != torch.float32 and is_first:  # then the weights alone would not do
