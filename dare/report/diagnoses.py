@@ -204,9 +204,14 @@ def clipping(run: RunData) -> Finding | None:
     )
 
 
+def _largest(run: RunData, name: str) -> float:
+    """The largest value that a metric took."""
+    return max(float(row[name]) for row in run.metrics if _is_finite(row.get(name)))
+
+
 def mismatch(run: RunData) -> Finding | None:
     """Trainer and rollout disagree about the same tokens on the same canvases."""
-    gap = max(float(r["rollout_gap"]) for r in run.metrics if _is_finite(r.get("rollout_gap")))
+    gap = _largest(run, "rollout_gap")
     if gap < 0.01:
         return None
     return Finding(
@@ -219,7 +224,7 @@ def mismatch(run: RunData) -> Finding | None:
 
 def replay(run: RunData) -> Finding | None:
     """The two passes of an update are not the same function."""
-    gap = max(float(r["replay_gap"]) for r in run.metrics if _is_finite(r.get("replay_gap")))
+    gap = _largest(run, "replay_gap")
     if gap < 1e-3:
         return None
     return Finding(

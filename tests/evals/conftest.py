@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from dare.core.files import whole_directory
 from dare.families.tokenizer import char_tokenizer
-from dare.families.weights import create_family, save_family
+from tests.conftest import save_checkpoint
 
 ASCII = "".join(map(chr, range(32, 127))) + "\n"
 TEMPLATE = (
@@ -81,25 +80,7 @@ def ascii_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
         tokenizer = char_tokenizer(ASCII)
         if name == "sdar":
             tokenizer.chat_template = TEMPLATE
-        family = create_family(
-            name,
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            num_layers=2,
-            num_heads=2,
-            num_kv_heads=2,
-            mlp_size=24,
-            max_length=1024,
-            block_length=4,
-            tie_embeddings=False,
-            mask_id=tokenizer.mask_token_id,
-            eos_id=tokenizer.eos_token_id,
-            pad_id=tokenizer.pad_token_id,
-            seed=1,
-        )
+        sizes = {"hidden_size": 16, "num_heads": 2, "mlp_size": 24, "max_length": 1024}
         path = tmp_path_factory.mktemp("ascii") / name
-        with whole_directory(path) as temporary:
-            save_family(family, temporary)
-            tokenizer.save_pretrained(temporary)
-        found[name] = path
+        found[name] = save_checkpoint(path, name, tokenizer, seed=1, **sizes)
     return found

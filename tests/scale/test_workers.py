@@ -15,46 +15,24 @@ from safetensors.torch import load_file
 from dare.algorithms.base import Algorithm
 from dare.core.engine import Engine
 from dare.core.errors import DareError
-from dare.core.files import whole_directory
 from dare.core.recipe import Recipe, parse_recipe
 from dare.core.rng import Key
 from dare.core.types import Samples, TraceBatch
 from dare.executors.local import LocalEngine
 from dare.families.tokenizer import char_tokenizer
-from dare.families.weights import create_family, save_family
 from dare.terminal.progress import NullReporter
 from dare.training.checkpoint import list_checkpoints
 from dare.training.run import train
 from dare.training.update import plan_iterations, update
-from tests.conftest import ALPHABET
+from tests.conftest import ALPHABET, save_checkpoint
 
 PROMPTS = [[1, 2, 3]] * 4 + [[4, 5]] * 4 + [[6]] * 4
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    tokenizer, found = char_tokenizer(ALPHABET), {}
-    for name in ("llada", "sdar_moe"):
-        family = create_family(
-            name,
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            num_layers=2,
-            num_heads=4,
-            num_kv_heads=2,
-            mlp_size=48,
-            max_length=96,
-            block_length=4,
-            mask_id=tokenizer.mask_token_id,
-            eos_id=tokenizer.eos_token_id,
-            pad_id=tokenizer.pad_token_id,
-            seed=0,
-        )
-        found[name] = tmp_path_factory.mktemp("scale") / name
-        with whole_directory(found[name]) as temporary:
-            save_family(family, temporary)
-            tokenizer.save_pretrained(temporary)
-    return found
+    root = tmp_path_factory.mktemp("scale")
+    return {name: save_checkpoint(root / name, name, char_tokenizer(ALPHABET)) for name in ("llada", "sdar_moe")}
 
 
 def recipe_of(checkpoint: Path, algorithm: Any, executor: Any = "local", **train: Any) -> Recipe:
