@@ -115,7 +115,9 @@ def run_study(plan: Plan, out: Path, num_workers: int, say: Callable[[str], None
         workers = Workers(out, num_workers, say)
         starts = _train_starts(plan, out, workers)
         cells = resolve_cells(plan, starts, _cost_per_step(plan, starts, out, workers))
-        jobs = [Job(cell.name, cell.recipe, cell_folder(out, cell)) for cell in cells]
+        # Seed by seed: what an interrupted study has done can be compared already.
+        in_order = sorted(cells, key=lambda cell: plan.study.seeds.index(cell.seed))
+        jobs = [Job(cell.name, cell.recipe, cell_folder(out, cell)) for cell in in_order]
         for job in jobs:
             check_settings(job, out)
         say(f"{len(jobs)} runs, {num_workers} at a time")
