@@ -44,11 +44,20 @@ class Plan:
         """Temperature of the log-probs at commit; greedy decoding reports plain probabilities."""
         return self.decode.temperature or 1.0
 
+    @property
+    def min_total_steps(self) -> int:
+        """Denoising steps of a completion that is not ended early; of a policy without a schedule at least so many."""
+        num_blocks = -(-self.decode.gen_length // self.block_length)
+        return num_blocks * (1 if self.decode.is_dynamic else self.num_steps)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether packing the weights takes less time than it saves."""
+        return self.min_total_steps >= _MIN_STEPS_TO_PACK
+
     def weights(self, family: Family) -> AbstractContextManager[None]:
         """Around a rollout: packed weights where they pay."""
-        num_blocks = -(-self.decode.gen_length // self.block_length)
-        num_steps = num_blocks * (1 if self.decode.is_dynamic else self.num_steps)
-        return family.packed() if num_steps >= _MIN_STEPS_TO_PACK else nullcontext()
+        return family.packed() if self.is_packed else nullcontext()
 
 
 def make_plan(family: Family, decode: Decode) -> Plan:
