@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 from torch.nn import functional
 
 from dare.core.errors import DareError
@@ -88,7 +87,7 @@ class OpenRun:
 
     def leave(self, place: int) -> None:
         """Give a row up: it ends after one more step, or after its first one if it has no seat yet."""
-        self._batch.stop_B[place] = self._batch.step_B[place] + 1
+        self._batch.stop_B[place].clamp_(max=self._batch.step_B[place] + 1)
 
     def step(self) -> list[int]:
         """One denoising step of the seated rows; the places that ended with it. Rows that joined sit down after it."""
@@ -167,7 +166,5 @@ def _empty_batch(family: Family, plan: Plan, num_rows: int, width: int) -> Batch
 
 
 def _moved(canvas: Canvas, device: torch.device) -> Canvas:
-    tensors: dict[str, Tensor] = {
-        name: getattr(canvas, name).to(device) for name in ("input_BS", "is_completion_BS", "is_real_BS", "block_BS")
-    }
-    return replace(canvas, **tensors)
+    tensors = (canvas.input_BS, canvas.is_completion_BS, canvas.is_real_BS, canvas.block_BS)
+    return Canvas(*(tensor.to(device) for tensor in tensors), attention=canvas.attention)
