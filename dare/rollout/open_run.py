@@ -55,6 +55,7 @@ class OpenRun:
         self._steps: Iterator[Step] = iter(())
         self._free = list(range(num_rows))
         self._requests: dict[int, RowRequest] = {}
+        self._settled_until: dict[int, int] = {}  # by place, the position up to which `advanced` has told of
 
     @property
     def num_free(self) -> int:
@@ -104,17 +105,23 @@ class OpenRun:
         Raises NonFiniteError if the network's output was not finite.
         """
         row_1, request = torch.tensor([place]), self._requests.pop(place)
+        self._settled_until.pop(place, None)
         self._free.append(place)
         canvas = _moved(self._batch.canvas.rows(row_1.to(self._family.device)), torch.device("cpu"))
         trace = empty_trace(self._family, self._plan, canvas, [request.sample_id], 0)
         record_rows(self._batch, trace, row_1, torch.zeros_like(row_1), self._family.spec.pad_id)
         return to_completions(finished(trace))[0]
 
-    def settled(self, place: int) -> list[int]:
-        """The completion's tokens in complete blocks, which no later step changes."""
-        start = len(self._requests[place].prompt)
-        tokens: list[int] = self._batch.canvas.input_BS[place, start : int(self._batch.start_B[place])].tolist()
-        return tokens
+    def advanced(self) -> dict[int, list[int]]:
+        """Rows that completed a block since the last call: their tokens in complete blocks, which stay as they are."""
+        start_B = self._batch.start_B.tolist()
+        found: dict[int, list[int]] = {}
+        for place, request in self._requests.items():
+            first, end = len(request.prompt), start_B[place]
+            if end > max(first, self._settled_until.get(place, 0)):
+                self._settled_until[place] = end
+                found[place] = self._batch.canvas.input_BS[place, first:end].tolist()
+        return found
 
     def canvas(self, place: int) -> tuple[int, list[int]]:
         """Denoising steps taken so far, and the completion as it stands, the mask id where nothing is committed."""

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from dare.serve import metrics, schema
@@ -16,13 +17,16 @@ from dare.serve.answers import CHAT, COMPLETION, Answer, Shape, event
 from dare.serve.errors import CLIENT_LEFT, ApiError, ErrorBody, invalid_body, plain_error
 from dare.serve.guard import Receive, Scope, Send
 from dare.serve.scheduler import Job
-from dare.serve.schema import ChatBody, CompletionBody, DareFields, Generation, LikelihoodBody, LikelihoodItem
+from dare.serve.schema import ChatBody, CompletionBody, Generation, LikelihoodBody, LikelihoodItem
 from dare.serve.service import Ask, Service
 from dare.serve.ticket import Ticket
 
 _Result = TypeVar("_Result")
-_FIELDS = sorted({*CompletionBody.model_fields, *ChatBody.model_fields, *DareFields.model_fields,
-                  *LikelihoodBody.model_fields, *LikelihoodItem.model_fields})  # fmt: skip
+_BODIES: list[type[BaseModel]] = [
+    CompletionBody, ChatBody, LikelihoodBody, LikelihoodItem, schema.DareFields, schema.ChatMessage, schema.TextPart,
+    schema.StreamOptions,
+]  # fmt: skip
+_FIELDS = sorted({name for body in _BODIES for name in body.model_fields})
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody} for status in (400, 401, 403, 404, 405, 408, 413, 429, 500, 503, 504)
 }
@@ -97,8 +101,8 @@ async def _generate(service: Service, body: Generation, ask: Ask, shape: Shape, 
     is_stream, wants = bool(body.stream), body.dare
     if wants.canvas and not is_stream:
         raise ApiError(400, "canvas updates need stream: true", param="dare.canvas")
-    jobs = service.row_jobs(ask, ticket, is_watched=is_stream, has_canvas=wants.canvas)
-    answer = Answer(service, body, ask, ticket, shape)
+    jobs = service.row_jobs(ask, ticket, has_canvas=wants.canvas)
+    answer = Answer(service, body, ask, jobs, shape)
     service.scheduler.submit(jobs)
     if is_stream:
         return EventStream(service, jobs, answer.chunks())

@@ -67,11 +67,14 @@ def bad_request(error: DareError, param: str | None) -> ApiError:
 
 def invalid_body(error: RequestValidationError, known: Sequence[str]) -> ApiError:
     """The first thing that is wrong with a request's body; `known` are the field names it may have."""
-    first = error.errors()[0]
-    path = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
+    errors = error.errors()
+    # Of a field that may have several forms, the form that got furthest is the one that was meant.
+    same = [item for item in errors if item["loc"][:2] == errors[0]["loc"][:2]]
+    first = max(same, key=lambda item: (not item["type"].endswith("_type"), len(item["loc"])))
+    path = _path(first, known)
+    param = ".".join(path) or None
     if first["type"] == "json_invalid":
         return ApiError(400, "the body is not valid JSON", code="invalid_json")
-    param = ".".join(path) or None
     if first["type"] == "extra_forbidden":
         close = closest_name(path[-1], known)
         hint = "" if close is None else f"; did you mean '{close}'?"
@@ -80,6 +83,15 @@ def invalid_body(error: RequestValidationError, known: Sequence[str]) -> ApiErro
         return ApiError(400, "the request has no body", code="invalid_json")
     message = first["msg"].removeprefix("Value error, ")
     return ApiError(400, f"{param}: {message}" if param else message, param=param, code="invalid_value")
+
+
+def _path(error: Any, known: Sequence[str]) -> list[str]:
+    """Where an error is, without the names of the forms that pydantic tried."""
+    parts = [part for part in error["loc"] if part != "body"]
+    is_unknown = error["type"] == "extra_forbidden"
+    kept = [part for part in parts[:-1] if isinstance(part, int) or part in known]
+    last = [part for part in parts[-1:] if is_unknown or isinstance(part, int) or part in known]
+    return [str(part) for part in kept + last]
 
 
 def plain_error(error: HTTPException) -> ApiError:

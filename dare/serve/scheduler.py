@@ -35,15 +35,13 @@ PATIENCE_S = 0.5
 class RowJob:
     """A completion to make, of the row `index` of its ticket.
 
-    is_watched  whether the ticket is told of complete blocks
-    has_canvas  whether it is told of every step
+    has_canvas  whether the ticket is told of every step, not of complete blocks only
     """
 
     ticket: Ticket
     index: int
     request: RowRequest
     plan: Plan
-    is_watched: bool = False
     has_canvas: bool = False
     is_given_up: bool = False
     since: float = field(default_factory=time.monotonic)
@@ -75,7 +73,7 @@ class Scheduler:
         self._family, self._metrics = family, metrics
         self._num_seats, self._width, self._max_queue = num_seats, width, max_queue
         self._waiting: deque[Job] = deque()
-        self._num_running = 0
+        self._is_busy = False
         self._changed = threading.Condition()
         self._is_draining = False
         self._is_stopped = False
@@ -90,7 +88,7 @@ class Scheduler:
     def is_idle(self) -> bool:
         """Whether nothing waits or runs."""
         with self._changed:
-            return not self._waiting and not self._num_running
+            return self.fault is not None or (not self._waiting and not self._is_busy)
 
     @property
     def status(self) -> Literal["ok", "draining", "failed"]:
@@ -118,7 +116,9 @@ class Scheduler:
             gone = set(jobs)
             for job in gone:
                 job.is_given_up = True
-            self._waiting = deque(job for job in self._waiting if job not in gone)
+            left = deque(job for job in self._waiting if job not in gone)
+            self._metrics.given_up.inc(len(self._waiting) - len(left))
+            self._waiting = left
             self._metrics.waiting.set(len(self._waiting))
 
     def drain(self) -> None:
@@ -157,11 +157,11 @@ class Scheduler:
     def _next(self) -> Job | None:
         """The job that has waited longest, still waiting if it is a row; None at the end."""
         with self._changed:
-            self._num_running = 0
+            self._is_busy = False
             self._changed.wait_for(lambda: self._waiting or self._is_stopped)
             if self._is_stopped:
                 return None
-            self._num_running = 1
+            self._is_busy = True
             return self._waiting.popleft() if isinstance(self._waiting[0], ScoreJob) else self._waiting[0]
 
     def _take_all(self) -> list[Job]:
@@ -216,23 +216,17 @@ class Scheduler:
         self._metrics.seated.set(run.num_seated)
         self._metrics.steps.inc()
         self._metrics.row_steps.inc(run.num_seated + len(ended))
+        advanced = run.advanced()
         for place, job in running.items():
-            self._report(run, place, job)
+            if place in advanced:
+                job.ticket.settled[job.index] = advanced[place]
+            if job.has_canvas:
+                job.ticket.canvases[job.index] = CanvasNow(*run.canvas(place))
+            if place in advanced or job.has_canvas:
+                job.ticket.ring()
         for place in ended:
-            self._finish(run, place, running.pop(place))
-
-    def _report(self, run: OpenRun, place: int, job: RowJob) -> None:
-        """Tell a job's ticket what it wants to know of a step."""
-        ticket, index = job.ticket, job.index
-        is_news = job.has_canvas
-        if job.has_canvas:
-            ticket.canvases[index] = CanvasNow(*run.canvas(place))
-        if job.is_watched:
-            settled = run.settled(place)
-            is_news |= len(settled) > len(ticket.settled[index])
-            ticket.settled[index] = settled
-        if is_news:
-            ticket.ring()
+            self._finish(run, place, running[place])
+            del running[place]
 
     def _finish(self, run: OpenRun, place: int, job: RowJob) -> None:
         try:

@@ -20,6 +20,7 @@ from dare.serve.service import Service
 
 _BACKLOG = 2048
 _KEEP_ALIVE_S = 30
+_SILENCE_MS = 60_000
 _CLOSE_S = 5  # for answers that are on their way when all work is done
 
 
@@ -39,6 +40,8 @@ def open_socket(host: str, port: int) -> socket.socket:
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         # Accepted sockets inherit this: the system notices clients that have gone without a word.
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # and those that never take what has been sent
+            opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _SILENCE_MS)
         opened.bind(address)
         opened.listen(_BACKLOG)
     except OSError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +31,7 @@ from dare.serve.transcript import Cut, cut
 
 _Result = TypeVar("_Result")
 _OptionsType = TypeVar("_OptionsType", bound=Options)
+_MAX_NUMBER = 1e6
 _MAX_SCALE = 100.0  # of guidance: beyond, logits are no longer finite numbers of a sensible size
 
 
@@ -96,12 +96,9 @@ class Service:
         messages = [message.plain for message in body.messages]
         return await self._ask(body, [messages], body.max_completion_tokens or body.max_tokens, param="messages")
 
-    def row_jobs(self, ask: Ask, ticket: Ticket, *, is_watched: bool, has_canvas: bool) -> list[RowJob]:
+    def row_jobs(self, ask: Ask, ticket: Ticket, *, has_canvas: bool) -> list[RowJob]:
         """Jobs for the scheduler, one a row."""
-        return [
-            RowJob(ticket, index, row, ask.plan, is_watched=is_watched, has_canvas=has_canvas)
-            for index, row in enumerate(ask.rows)
-        ]
+        return [RowJob(ticket, index, row, ask.plan, has_canvas=has_canvas) for index, row in enumerate(ask.rows)]
 
     async def score_job(self, body: LikelihoodBody, ticket: Ticket) -> ScoreJob:
         """The job of a likelihood request. Raises ApiError for what does not fit."""
@@ -109,8 +106,8 @@ class Service:
         limits = self.limits
         if len(body.items) > limits.max_items:
             raise ApiError(400, f"{len(body.items)} items, at most {limits.max_items} are allowed", param="items")
+        _check_numbers(body.likelihood, "likelihood")
         options = _validated(Likelihood, body.likelihood, "likelihood")
-        _check_finite(body.likelihood, "likelihood")
         if options.num_samples > limits.max_samples:
             raise ApiError(400, f"at most {limits.max_samples} samples are allowed", param="likelihood.num_samples")
         if options.cfg_scale > _MAX_SCALE:
@@ -169,7 +166,7 @@ class Service:
             length = options.get("block_length") or spec.block_length
             is_grid = spec.block_grid == "completion" and isinstance(length, int)
             options["gen_length"] = max_tokens + (-max_tokens % length if is_grid else 0)
-        _check_finite(options, "dare.decode")
+        _check_numbers(given, "dare.decode")
         decode = _validated(Decode, options, "dare.decode")
         if "gen_length" in given or max_tokens is None:
             asked, param = decode.gen_length, "dare.decode.gen_length"
@@ -180,6 +177,7 @@ class Service:
             ("dare.decode.block_length", decode.block_length or 1, self._width),
             ("dare.decode.cfg_scale", decode.cfg_scale, _MAX_SCALE),
             ("dare.decode.temperature", decode.temperature, _MAX_SCALE),
+            ("dare.decode.max_post_steps", decode.max_post_steps or 0, limits.max_steps),
         ):
             if value > most:
                 raise ApiError(400, f"{name} {value} is more than {most}", param=name, code="limit")
@@ -252,7 +250,8 @@ def _validated(model: type[_OptionsType], options: dict[str, Any], param: str) -
         raise bad_request(explain(error, model, where=param, what=f"{param} is"), field) from None
 
 
-def _check_finite(options: dict[str, Any], param: str) -> None:
+def _check_numbers(options: dict[str, Any], param: str) -> None:
+    """No option needs a number beyond these, and some do not stand it."""
     for name, value in options.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ApiError(400, f"{name} is not a finite number", param=f"{param}.{name}", code="invalid_value")
+        if isinstance(value, int | float) and not abs(value) <= _MAX_NUMBER:
+            raise ApiError(400, f"{name} is out of range", param=f"{param}.{name}", code="invalid_value")
