@@ -48,13 +48,14 @@ def serve(
         raise DareError("the server is not installed", got=str(error), fix="pip install 'dare-dllm[serve]'") from None
     from dare.serve.keys import read_keys
     from dare.serve.limits import read_limits
-    from dare.serve.service import Service
+    from dare.serve.service import Service, read_decode
     from dare.terminal.settings import generation_options, parse_options
 
     keys = read_keys(api_key_file, api_key_env)
     check_host(host, keys)
     limits = read_limits(parse_options(limit or []))
     defaults = generation_options(checkpoint, overrides or [])
+    read_decode(defaults)
     opened = open_socket(host, port)
     model = load_model(checkpoint, device, dtype, base)
     name = name or Path(checkpoint).resolve().name

@@ -62,7 +62,17 @@ class Service:
         )
         # Tokenizers are not safe to share between threads: this one does all the reading and writing of text.
         self._text_thread = ThreadPoolExecutor(1, thread_name_prefix="dare-text")
-        make_plan(model.family, _validated(Decode, self._defaults, "decode"))
+        decode = read_decode(self._defaults)
+        make_plan(model.family, decode)
+        most = min(limits.max_tokens, self._width - 1)
+        if decode.gen_length > most:
+            raise DareError(
+                "completions are longer by default than they may be",
+                where="decode.gen_length",
+                got=decode.gen_length,
+                expected=f"<= {most}",
+                fix=f"give gen_length={most} or less, or a higher --limit max_tokens",
+            )
 
     async def text(self, work: Callable[[], _Result]) -> _Result:
         """Do something with the tokenizer, off the event loop."""
@@ -232,6 +242,14 @@ class Service:
         if sample_id is None:
             sample_id = stable_id("likelihood", *context_ids, "->", *ids)
         return Request(context_ids, ids, sample_id)
+
+
+def read_decode(options: dict[str, Any]) -> Decode:
+    """The decode options that a server starts from. Raises DareError naming what is wrong."""
+    try:
+        return Decode.model_validate(options)
+    except ValidationError as error:
+        raise explain(error, Decode, where="serve", what="the decode options are") from None
 
 
 def _plain(context: str | list[int] | list[ChatMessage]) -> str | list[Any]:
