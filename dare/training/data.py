@@ -135,8 +135,10 @@ class RowEncoder:
 
     def _pieces(self, row: TextRow) -> list[EncodedRow]:
         """Raw text and its EOS, cut into rows of at most `max_length` tokens, on a block grid into whole blocks."""
-        if self.text_eos == "fill":
-            raise DareError("eos: fill is for completions", where="data.eos", fix="set eos: one or none for raw text")
+        if self.text_eos in ("fill", "fill_row"):
+            raise DareError(
+                f"eos: {self.text_eos} is for completions", where="data.eos", fix="set eos: one or none for raw text"
+            )
         ids = self._encode_text(row.where, row.text)
         self._check_ids(row.where, ids)
         ids += self._eos_tail(0, ids, self.text_eos)
@@ -171,7 +173,10 @@ class RowEncoder:
             return []
         if policy == "fill":
             return eos * (self.gen_length - len(completion_ids))
-        tail = [] if completion_ids[-1:] and completion_ids[-1] in self.spec.eos_ids else eos
+        if policy == "fill_row":
+            return eos * (self.max_length - num_prompt - len(completion_ids))
+        is_complete = bool(completion_ids) and completion_ids[-1] in self.spec.eos_ids
+        tail = [] if is_complete or policy == "align" else eos
         if policy == "one":
             return tail
         end = len(completion_ids) + len(tail) + (num_prompt if self.spec.block_grid == "sequence" else 0)
