@@ -73,6 +73,9 @@ class DataRecipe(_Columns):
         None, ge=1, description="for eos: fill, completion positions; default: decode.gen_length"
     )
     max_length: int | None = Field(None, ge=2, description="prompt + completion, tokens; default: the model's")
+    crop_rate: float = Field(
+        0.0, ge=0.0, le=1.0, description="raw text: share of rows of which a random length is kept (LLaDA: 0.01)"
+    )
     on_too_long: TooLong = Field(
         "error",
         description="error; drop: leave the row out; right: cut the end of the completion, without an EOS; left: cut "
