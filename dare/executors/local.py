@@ -192,7 +192,9 @@ class LocalEngine:
         with torch.no_grad():
             for part in parts:
                 chosen, rows = _rows(views, canvas, part if len(part) else _FIRST)
-                hidden_RTD = self.family.view_hidden(chosen, rows, is_packed=self.is_packed)
+                hidden_RTD = self.family.view_hidden(
+                    chosen, rows, is_packed=self.is_packed, is_read_RS=chosen.is_target_RS
+                )
                 if len(part):
                     token_RS[part] = target_argmax(self.family, hidden_RTD, chosen).cpu()
         return token_RS
@@ -219,7 +221,10 @@ class LocalEngine:
                 total = (weight_RS.to(score.device) * score).sum()
             else:
                 load = self.load_of_step if len(part) else None
-                hidden_RTD = self.family.view_hidden(chosen, rows, load, is_packed=self.is_packed)
+                is_read_RS = _read_positions(chosen, part, auxiliary)
+                hidden_RTD = self.family.view_hidden(
+                    chosen, rows, load, is_packed=self.is_packed, is_read_RS=is_read_RS
+                )
                 total, score = self.family.target_total(hidden_RTD, chosen, weight_RS)
                 if auxiliary is not None and len(part):
                     terms = self._aux_terms(hidden_RTD, chosen, auxiliary, part)
@@ -319,6 +324,16 @@ def replayed_rows(grad_RS: Tensor, auxiliary: AuxLoss | None) -> Tensor:
     if auxiliary is not None:
         is_run_R[auxiliary.view_A] = True
     return is_run_R.nonzero()[:, 0]
+
+
+def _read_positions(views: Views, part: Tensor, auxiliary: AuxLoss | None) -> Tensor:
+    """bool [R, S]: where the states of the views `part` are read: at targets, and where the auxiliary loss looks."""
+    if auxiliary is None or not len(part):
+        return views.is_target_RS
+    is_read_RS = views.is_target_RS.clone()
+    for row, view in enumerate(part.tolist()):
+        is_read_RS[row, auxiliary.position_A[auxiliary.view_A == view]] = True
+    return is_read_RS
 
 
 def _rows(views: Views, canvas: Canvas, part: Tensor) -> tuple[Views, Canvas]:
