@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -96,7 +97,14 @@ class CacheRows:
         return torch.cat(parts) if len(parts) != 1 else parts[0]
 
 
-Cache = KVCache | CacheRows
+class Cache(Protocol):
+    """What a layer asks of a cache: `KVCache`, rows of one (`CacheRows`), or the plain one of `dare bench`."""
+
+    def attend(
+        self, layer: int, query_BHTd: Tensor, key_BHTd: Tensor, value_BHTd: Tensor, slot_BT: Tensor, visible: Visible, /
+    ) -> Tensor:
+        """[B, H, T, hd]: the queries on what is stored and on the call's own keys and values."""
+        ...
 
 
 @dataclass(frozen=True)
