@@ -68,8 +68,11 @@ class _GrowingCache:
         self.stored: dict[int, tuple[Tensor, Tensor]] = {}
         self.is_storing = True
 
+    def places(self, slot_BT: Tensor) -> Tensor:
+        return slot_BT
+
     def attend(
-        self, layer: int, query_BHTd: Tensor, key_BHTd: Tensor, value_BHTd: Tensor, slot_BT: Tensor, visible: Visible
+        self, layer: int, query_BHTd: Tensor, key_BHTd: Tensor, value_BHTd: Tensor, place_N: Tensor, visible: Visible
     ) -> Tensor:
         joined = (key_BHTd, value_BHTd)
         if layer in self.stored:

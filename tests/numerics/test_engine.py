@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import platform
+import resource
 from typing import Any
 
 import pytest
@@ -23,6 +25,7 @@ from dare.families.layers.attention import Read
 from dare.families.weights import create_family
 from dare.rollout import engine
 from dare.rollout.engine import StepEvent, denoise
+from dare.rollout.heap import kept_heap
 from dare.rollout.meter import Meter
 from dare.rollout.plan import Plan, make_plan
 from dare.rollout.seats import Seats
@@ -306,3 +309,20 @@ def test_weights_are_unpacked_after_a_failure(wide_family: Family) -> None:
     wide_family.row_logits(hidden).sum().backward()
     assert hidden.grad is not None
     assert math.isfinite(float(hidden.grad.sum()))
+
+
+def test_freed_memory_is_used_again() -> None:
+    """Page faults of blocks that come and go: with what glibc does by itself, each one costs its pages anew."""
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("another C library")
+
+    def num_faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(20):
+            blocks = [torch.zeros(2 << 20) for _ in range(12)]  # 8 MiB each
+            del blocks
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    with kept_heap():
+        num_faults()
+        assert num_faults() < 2048  # 8 MiB
