@@ -211,6 +211,7 @@ class LocalEngine:
     ) -> Tensor:
         """`accumulate` of the views that `parts` name, one forward and backward per part, empty ones as in
         `score_parts`; NaN elsewhere."""
+        self.family.packs.drop()  # room for activations; the update outdates them anyway
         score_RS = torch.full(views.noisy_RS.shape, torch.nan)
         for part in parts:
             chosen, rows = _rows(views, canvas, part if len(part) else _FIRST)

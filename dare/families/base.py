@@ -23,7 +23,7 @@ from dare.families.config import Config, ModelSizes
 from dare.families.layers.attention import Cache, KVCache, Read, SharedContext, Visible
 from dare.families.layers.head import chunk_rows, linear_logp, linear_total
 from dare.families.layers.moe import ExpertLoad
-from dare.families.layers.packing import Multiply, pack, packed_linears
+from dare.families.layers.packing import Multiply, PackedWeights
 from dare.families.network import Network as Network
 from dare.families.reading import sources_of, states_at
 from dare.families.streams import pack_streams
@@ -92,6 +92,7 @@ class Family:
         self.generation_config = generation_config
         self.buffer_dtypes = dict(buffer_dtypes or {})
         self.code_files = dict(code_files or {})
+        self.packs = PackedWeights()  # those of the last rollout
         self._head: Multiply | None = None
         self.adapter: Adapter | None = None  # see `dare.families.lora`
 
@@ -327,8 +328,7 @@ class Family:
     @contextmanager
     def packed(self) -> Iterator[None]:
         """Matmuls without gradients are faster while the block runs, in which no weight may change (`packing.py`)."""
-        self._head = pack(self.network.head_weight)
-        with packed_linears(self.network):
+        with self.packs.linears(self.network, self.network.head_weight) as self._head:
             try:
                 yield
             finally:
