@@ -62,11 +62,15 @@ class Killer(NullReporter):
             threading.Timer(0.02, os.kill, (self.killed[-1], signal.SIGKILL)).start()
 
 
-@pytest.mark.parametrize("phase", ["rollout", "update", "save"])
+@pytest.mark.parametrize(
+    ("phase", "ahead"),
+    [("rollout", {}), ("update", {"overlap": "one_step", "correction": "geometric"}), ("save", {})],
+)
 def test_a_killed_worker_ends_the_run_which_then_continues(
-    cluster: None, checkpoint: Path, tmp_path: Path, phase: str
+    cluster: None, checkpoint: Path, tmp_path: Path, phase: str, ahead: dict[str, Any]
 ) -> None:
-    options: dict[str, Any] = {"steps": 3, "prompts_per_step": 6, "completions_per_prompt": 8}
+    """In one process, with the numbers of a run that was never anywhere else."""
+    options: dict[str, Any] = {"steps": 3, "prompts_per_step": 6, "completions_per_prompt": 8, **ahead}
     recipe = recipe_of(checkpoint, "espo", TWO, **options)
     recipe = recipe.model_copy(update={"checkpoint": recipe.checkpoint.model_copy(update={"every": 1})})
     killer = Killer(phase)
