@@ -118,7 +118,7 @@ class TrainRecipe(Options):
     updates_per_rollout: int = Field(1, ge=1, description="online: optimizer steps per rollout (mu)")
     overlap: Literal["none", "one_step"] = Field(
         "none",
-        description="online: one_step makes the next rollout before this step's update, with the weights from before it, "
+        description="online: one_step makes the next rollout before this step's update, with the weights before it, "
         "so that neither has to wait for the other",
     )
     correction: Correction = Field(
