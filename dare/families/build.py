@@ -69,6 +69,20 @@ def outline(recipe: ModelRecipe, tokenizer: Any, lora: LoraRecipe | None = None)
     return family
 
 
+def outline_sizes(recipe: ModelRecipe, lora: LoraRecipe | None = None) -> Family:
+    """The family of a checkpoint as `outline` has it; the folder needs no weights and no tokenizer.
+
+    Raises DareError for a new model, whose vocabulary is that of a tokenizer which does not exist yet.
+    """
+    if recipe.path is None:
+        raise DareError(
+            "a model that does not exist yet has no sizes to plan with",
+            where="model.create",
+            fix="give a folder with a config.json as model.path",
+        )
+    return outline(recipe, None, lora)
+
+
 def pick_device(name: str) -> torch.device:
     """`auto` takes a GPU if there is one. Raises DareError if CUDA is asked for and absent."""
     has_gpu = torch.cuda.is_available()
