@@ -107,12 +107,26 @@ class ModelRecipe(Options):
         return self
 
 
+Correction = Literal["none", "geometric", "sequence"]
+
+
 class TrainRecipe(Options):
     steps: int = Field(100, ge=1, description="rollouts (online) or optimizer steps (offline)")
     batch_size: int = Field(64, ge=1, description="offline: rows per optimizer step")
     prompts_per_step: int = Field(16, ge=1, description="online: prompts per rollout")
     completions_per_prompt: int = Field(8, ge=1, description="online: group size G")
     updates_per_rollout: int = Field(1, ge=1, description="online: optimizer steps per rollout (mu)")
+    overlap: Literal["none", "one_step"] = Field(
+        "none",
+        description="online: one_step makes the next rollout before this step's update, with the weights before it, "
+        "so that neither has to wait for the other",
+    )
+    correction: Correction = Field(
+        "none",
+        description="online: weigh rollouts by the probability of their commits now over that when they were made, of "
+        "all tokens (sequence) or its geometric mean per token; costs a scoring pass over the rollout's states",
+    )
+    correction_cap: float = Field(2.0, ge=1.0, description="what weights of the correction are truncated to")
     micro_batch_views: int = Field(256, ge=1, description="views per forward and backward; never changes the result")
     micro_batch_tokens: int = Field(
         16384, ge=1, description="positions per forward and backward, padding included; never changes the result"

@@ -64,6 +64,8 @@ class LocalEngine:
         family.network.recompute = recipe.train.recompute
         self.needs_reference = needs_reference
         self.reference = copy.deepcopy(family) if needs_reference and family.adapter is None else None
+        if self.reference is not None:
+            self.reference.network.requires_grad_(False)
         self.critic = Critic(family) if critic_lr is not None else None
         if prepare is not None:
             for network in self.networks():

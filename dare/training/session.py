@@ -15,7 +15,7 @@ from __future__ import annotations
 import platform
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -155,9 +155,10 @@ class Session:
         """Whether something that happens every so many steps, and at the end, happens after `step`."""
         return step == self.last_step or (every is not None and step % every == 0)
 
-    def save(self, step: int, engine: Engine, tokenizer: Any) -> Path:
+    def save(self, step: int, engine: Engine, tokenizer: Any, write_more: Callable[[Path], None] | None = None) -> Path:
         self.reporter.phase("save")
-        return save_checkpoint(self.checkpoints, engine, tokenizer, self._state(step), self.recipe.checkpoint.keep_last)
+        keep_last = self.recipe.checkpoint.keep_last
+        return save_checkpoint(self.checkpoints, engine, tokenizer, self._state(step), keep_last, write_more)
 
     def save_best(self, step: int, engine: Engine, tokenizer: Any) -> Path:
         """Keep the current weights as the best ones, apart from the newest checkpoints."""
