@@ -22,7 +22,7 @@ class Stroke:
     """One series: a path, the closed path of its band ("" if none), and point positions with their hover text.
 
     tone  "a" for what training measures, "b" for held-out evaluations and for the second of two curves, "c" for what a
-          run is compared with, "quiet" for a background
+          run is compared with, "n0" to "n4" for curves in an order, "quiet" for a background
     """
 
     label: str
@@ -36,7 +36,7 @@ class Stroke:
 class Drawing:
     title: str
     note: str
-    latest: str  # the last value of the last series of the run
+    latest: str  # the last value of the last series of the run; "" if it says nothing
     x_ticks: list[Tick]
     y_ticks: list[Tick]
     strokes: list[Stroke]
@@ -67,7 +67,7 @@ def draw(chart: Chart) -> Drawing:
     return Drawing(
         title=chart.title,
         note=chart.note,
-        latest=label(_own(chart).values[-1], chart.unit),
+        latest=label(_own(chart).values[-1], chart.unit) if chart.has_latest else "",
         x_ticks=[Tick(x(value), label(value, "number")) for value in ticks(x.low, x.high, 5) if value == round(value)],
         y_ticks=[Tick(y(value), label(value, chart.unit)) for value in ticks(low, high, 4)],
         strokes=[_stroke(series, x, y, chart, index) for index, series in enumerate(chart.series)],

@@ -6,10 +6,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-from dare.report.curves import Chart
+from dare.report.curves import ORDERED_TONES, Chart
 
 _COLOURS = ("#0068a8", "#c04a00")
+_ORDERED = ("#d19a00", "#5b9e2d", "#0f8a8a", "#3b5fc0", "#6a2c91")
 _COLOUR_OF_TONE = {"a": _COLOURS[0], "b": _COLOURS[1], "c": "#007a5a", "quiet": "#c9d1d9"}
+_COLOUR_OF_TONE |= dict(zip(ORDERED_TONES, _ORDERED, strict=True))
 _NUM_COLUMNS = 3
 
 
