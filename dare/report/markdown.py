@@ -38,9 +38,10 @@ def render_markdown(run: RunData, comparison: Comparison) -> str:
     if shown:
         lines += ["| prompt | completion | reward | solved |", "|---|---|---:|---|"]
     for pair in shown:
-        solved = "yes" if pair.after.get("is_solved") else "no"
+        solved = {True: "yes", False: "no"}.get(pair.after.get("is_solved"), "–")
+        reward = number(float(pair.after["reward"])) if "reward" in pair.after else "–"
         texts = f"{_code(pair.prompt)} | {_code(str(pair.after['completion']))}"
-        lines.append(f"| {texts} | {number(float(pair.after['reward']))} | {solved} |")
+        lines.append(f"| {texts} | {reward} | {solved} |")
     return "\n".join(lines) + "\n"
 
 
