@@ -93,7 +93,8 @@ class RemoteEngine(LocalEngine):
                     fix="start it with the checkpoint in model.path",
                 )
             self.max_length = min(self.max_length, facts.max_length or self.max_length)
-        trace = self._probe()
+        self._verify()
+        trace = self._probe(self.decode.temperature)
         self._require(trace)
         if trace.temperature:
             self._check_temperature(trace)
@@ -113,10 +114,10 @@ class RemoteEngine(LocalEngine):
         if has_drafts or branching or num_alternatives:
             raise ValueError("recipes that need drafts, trees or predictions are refused before an engine is made")
         if self.given != self.weights_version and not self.fleet.confirms_versions:
-            self._probe()
+            self._verify()
         trace = self._rows(prompts, decode, key, sample_ids, on_progress)
         if trace.temperature and probe.has_collapsed(trace, prompts):
-            self._check_temperature(self._probe())
+            self._check_temperature(self._probe(trace.temperature))
         if self.options.commit_logp == "scored" and "steps" not in trace.missing:
             return probe.with_scored_logp(trace, self.score)
         return trace
@@ -181,23 +182,27 @@ class RemoteEngine(LocalEngine):
                     fix="shorten the prompt or decode.gen_length, or start the servers with a longer context",
                 )
 
-    def _probe(self) -> TraceBatch:
-        """A few rows of one prompt; raises DareError if they show another model or old weights."""
+    def _probe(self, temperature: float) -> TraceBatch:
+        """A few short completions of one prompt."""
         prompts = probe.probe_prompts(self.spec)
-        decode = probe.probe_decode(self.decode, make_plan(self.family, self.decode).block_length)
-        trace = self._rows(prompts, decode, _PROBE_KEY, list(range(len(prompts))), None)
+        return self._rows(prompts, self._probe_decode(temperature), _PROBE_KEY, list(range(len(prompts))), None)
+
+    def _verify(self) -> None:
+        """Raise DareError if greedy completions show another model, or weights of before the last update."""
         before = None if self.fleet.confirms_versions else self.reading
+        trace = self._probe(0.0)
         self.reading = probe.check_model(trace, self.score, self.options.max_gap, self.where, before)
-        return trace
 
     def _check_temperature(self, trace: TraceBatch) -> None:
         """Compare a probe whose rows are all equal with what the trainer's own engine makes of it."""
         if probe.num_distinct(trace) > 1:
             return
-        prompts = probe.probe_prompts(self.spec)
-        decode = probe.probe_decode(self.decode, make_plan(self.family, self.decode).block_length)
+        prompts, decode = probe.probe_prompts(self.spec), self._probe_decode(trace.temperature)
         local = denoise(self.family, prompts, decode, _PROBE_KEY, list(range(len(prompts))))
         probe.check_temperature(trace, local, self.where)
+
+    def _probe_decode(self, temperature: float) -> Decode:
+        return probe.probe_decode(self.decode, make_plan(self.family, self.decode).block_length, temperature)
 
     def _require(self, trace: TraceBatch) -> None:
         """Raise DareError if the algorithm needs what the servers do not return."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from dare.core.decode import Decode
 from dare.core.errors import DareError
 from dare.core.rng import Key
+from dare.core.types import TraceBatch
 from dare.families.base import Family
 from dare.families.weights import load_weights
 from dare.rollout.engine import denoise
@@ -36,14 +37,17 @@ class Order:
 
 @dataclass(frozen=True)
 class Completed:
-    """A completed row; steps are 0-based and go on through the row, logp is at the row's temperature (1 if greedy).
+    """A completed row.
 
-    version  label of the weights that made it
+    steps           of each token, 0-based; they go on through the row
+    steps_in_block  the same, from 0 again in every block
+    logp            of each token when it was committed, at the row's temperature (1 if greedy), nats
+    version         label of the weights that made it
     """
 
     tokens: list[int]
     steps: list[int]
-    blocks: list[int]
+    steps_in_block: list[int]
     logp: list[float]
     is_ended: bool
     version: str
@@ -127,24 +131,25 @@ class Host:
         decode = Decode.model_validate({**self.decode.model_dump(), **given})
         prompts, ids = [list(order.prompt) for order in orders], [order.sample_id for order in orders]
         trace = denoise(self.family, prompts, decode, first.key, ids)
-        rows = []
-        for index, order in enumerate(orders):
-            place_N = trace.canvas.is_completion_BS[index].nonzero()[: order.num_tokens, 0]
-            tokens = trace.canvas.input_BS[index, place_N].tolist()
-            ends = [place for place, token in enumerate(tokens) if token in self.family.spec.eos_ids]
-            length = len(tokens) if order.is_eos_ignored or not ends else ends[0] + 1
-            place_N = place_N[:length]
-            rows.append(
-                Completed(
-                    tokens[:length],
-                    trace.step_map_BS[index, place_N].tolist(),
-                    trace.canvas.block_BS[index, place_N].tolist(),
-                    trace.logp_BS[index, place_N].tolist(),
-                    bool(ends),
-                    self.version,
-                )
-            )
-        return rows
+        return [self._completed(trace, row, order) for row, order in enumerate(orders)]
+
+    def _completed(self, trace: TraceBatch, row: int, order: Order) -> Completed:
+        place_N = trace.canvas.is_completion_BS[row].nonzero()[:, 0]
+        steps, blocks = trace.step_map_BS[row, place_N].tolist(), trace.canvas.block_BS[row, place_N].tolist()
+        first: dict[int, int] = {}
+        for block, step in zip(blocks, steps, strict=True):
+            first[block] = min(step, first.get(block, step))
+        tokens = trace.canvas.input_BS[row, place_N].tolist()[: order.num_tokens]
+        ends = [place for place, token in enumerate(tokens) if token in self.family.spec.eos_ids]
+        num = len(tokens) if order.is_eos_ignored or not ends else ends[0] + 1
+        return Completed(
+            tokens=tokens[:num],
+            steps=steps[:num],
+            steps_in_block=[step - first[block] for block, step in zip(blocks[:num], steps[:num], strict=True)],
+            logp=trace.logp_BS[row, place_N[:num]].tolist(),
+            is_ended=bool(ends),
+            version=self.version,
+        )
 
 
 def _alike(waiting: list[_Row]) -> list[list[_Row]]:

@@ -46,9 +46,9 @@ def probe_prompts(spec: FamilySpec) -> list[list[int]]:
     return [prompt] * _NUM_ROWS
 
 
-def probe_decode(decode: Decode, block_length: int) -> Decode:
-    """The recipe's options for a completion of two blocks."""
-    return decode.model_copy(update={"gen_length": _NUM_BLOCKS * block_length})
+def probe_decode(decode: Decode, block_length: int, temperature: float) -> Decode:
+    """The recipe's options for a completion of two blocks at another temperature."""
+    return decode.model_copy(update={"gen_length": _NUM_BLOCKS * block_length, "temperature": temperature})
 
 
 def commit_logp(trace: TraceBatch, score: Score) -> tuple[Tensor, Views, Samples]:
@@ -103,20 +103,21 @@ def check_model(trace: TraceBatch, score: Score, max_gap: float, where: str, bef
         raise DareError(
             "the rollout server has not loaded the updated weights",
             where=where,
-            got="the same log-probs of a probe as before the update",
+            got="log-probs of a probe as before the update",
             fix="see that rollout.weights_dir is the same folder for both, and look at its log",
         )
     return Reading(trace, scored_BS)
 
 
 def _is_stale(trace: TraceBatch, scored_BS: Tensor, before: Reading) -> bool:
-    """Whether the servers answered to the last bit as before, although the trainer's numbers have moved."""
+    """Whether the servers' numbers are still nearer to the trainer's of before, although those have clearly moved."""
     if not torch.equal(trace.canvas.input_BS, before.trace.canvas.input_BS):
         return False
-    if not torch.equal(trace.logp_BS, before.trace.logp_BS):
-        return False
     noise = float((before.scored_BS - before.trace.logp_BS).abs().max())
-    return float((scored_BS - before.scored_BS).abs().max()) > max(_MOVED, 4 * noise)
+    if float((scored_BS - before.scored_BS).abs().max()) <= max(_MOVED, 4 * noise):
+        return False
+    to_new, to_old = (float((trace.logp_BS - other_BS).abs().sum()) for other_BS in (scored_BS, before.scored_BS))
+    return to_new > to_old
 
 
 def has_collapsed(trace: TraceBatch, prompts: list[list[int]]) -> bool:

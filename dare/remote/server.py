@@ -174,7 +174,7 @@ def _sglang_row(host: Host, request: SGLangGenerate) -> dict[str, Any]:
     if request.return_logprob:
         meta["output_token_logprobs"] = [[logp, token, None] for logp, token in _pairs(done)]
     if request.return_step_maps:
-        meta["step_maps"] = _steps_in_block(done)
+        meta["step_maps"] = [step + 1 for step in done.steps_in_block]
     return {"text": "", "output_ids": done.tokens, "meta_info": meta}
 
 
@@ -222,11 +222,3 @@ def _randomness(named: dict[str, Any], seed: int) -> tuple[Key, int]:
 
 def _pairs(done: Completed) -> list[tuple[float, int]]:
     return list(zip(done.logp, done.tokens, strict=True))
-
-
-def _steps_in_block(done: Completed) -> list[int]:
-    """1-based, from 1 again in every block."""
-    first: dict[int, int] = {}
-    for block, step in zip(done.blocks, done.steps, strict=True):
-        first[block] = min(step, first.get(block, step))
-    return [step - first[block] + 1 for block, step in zip(done.blocks, done.steps, strict=True)]
