@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
+from dare.core.errors import DareError
 from dare.core.options import Options
 
 RolloutEngine = Literal["dare", "sglang", "lmdeploy"]
@@ -59,7 +60,12 @@ class RolloutRecipe(Options):
             if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
                 raise ValueError(f"cannot use '{url}'; give http://HOST:PORT")
             if parts.username is not None or parts.password is not None:
-                raise ValueError("a url must not hold a key or password; name its variable in api_key_env")
+                raise DareError(  # not ValueError, whose message would repeat it
+                    "a url must not hold a key or password",
+                    where="rollout.urls",
+                    got=f"one for {parts.hostname}",
+                    fix="name the variable that holds the API key in rollout.api_key_env",
+                )
         cleaned = tuple(url.rstrip("/") for url in urls)
         if len(set(cleaned)) != len(cleaned):
             raise ValueError(f"a server is listed twice: {', '.join(cleaned)}")
