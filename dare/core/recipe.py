@@ -25,6 +25,7 @@ from dare.core.recipe_errors import explain
 from dare.core.reference_recipe import ReferenceRecipe
 from dare.core.registry import resolve
 from dare.core.reward_recipe import GroupRecipe, RewardRecipe
+from dare.core.rollout_recipe import RolloutRecipe
 from dare.core.validation_recipe import ValidationRecipe
 
 
@@ -204,6 +205,7 @@ class Recipe(Options):
     reward: RewardRecipe = Field(RewardRecipe(), description="online: what completions are trained towards")
     groups: GroupRecipe = Field(GroupRecipe(), description="online: which groups of completions are trained on")
     decode: Decode = Decode()
+    rollout: RolloutRecipe = Field(RolloutRecipe(), description="online: who denoises; default: this process")
     train: TrainRecipe = TrainRecipe()
     reference: ReferenceRecipe = ReferenceRecipe()
     optimizer: OptimizerRecipe = OptimizerRecipe()

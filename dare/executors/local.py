@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
@@ -83,9 +83,7 @@ class LocalEngine:
         self.family.network.eval()  # dropout off: both passes of an update must be the same function
 
     @classmethod
-    def create(
-        cls, recipe: Recipe, tokenizer: Any, *, needs_reference: bool, critic_lr: float | None = None
-    ) -> LocalEngine:
+    def create(cls, recipe: Recipe, tokenizer: Any, *, needs_reference: bool, critic_lr: float | None = None) -> Self:
         """The engine of a recipe: its checkpoint loaded, or its new model with keyed initial weights."""
         family = build_family(recipe.model, tokenizer, Key(recipe.seed), recipe.lora)
         num_updates = recipe.train.steps * recipe.train.updates_per_rollout

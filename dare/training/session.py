@@ -42,7 +42,24 @@ from dare.training.validation import Standing, is_out_of_patience, standing
 
 _LOGS = ("metrics", "timing", "eval", "validation", "samples")
 _FREE_IN_TRAIN = ("steps", "micro_batch_views", "micro_batch_tokens", "pack_length", "recompute")
-_MAY_CHANGE = (("executor",), ("log",), ("checkpoint",), *(("train", key) for key in _FREE_IN_TRAIN))
+_FREE_IN_ROLLOUT = (
+    "urls",
+    "api_key_env",
+    "weights_dir",
+    "concurrency",
+    "timeout_s",
+    "deadline_s",
+    "retries",
+    "backoff_s",
+    "max_gap",
+)
+_MAY_CHANGE = (
+    ("executor",),
+    ("log",),
+    ("checkpoint",),
+    *(("train", key) for key in _FREE_IN_TRAIN),
+    *(("rollout", key) for key in _FREE_IN_ROLLOUT),
+)
 
 
 class Reporter(Protocol):
