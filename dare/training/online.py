@@ -44,7 +44,7 @@ def run_online(session: Session, engine: Engine, algorithm: Algorithm[Any], task
     mix = reward_mix(recipe, task)
     if session.first_step == 0 and recipe.evaluation.at_start:
         evaluate_held_out(session, engine, task, tokenizer, step=0)
-    for step in range(session.first_step + 1, recipe.train.steps + 1):
+    for step in session.steps():
         distinct = _prompts_of_step(recipe, task, step, key)
         prompts = _repeated(distinct, recipe.train.completions_per_prompt)
         with session.phase("rollout"):
@@ -56,7 +56,7 @@ def run_online(session: Session, engine: Engine, algorithm: Algorithm[Any], task
                 recipe.decode,
                 key.fold("rollout", step),
                 sample_ids,
-                session.reporter.advance,
+                session.advance,
                 has_drafts="drafts" in algorithm.needs,
                 branching=algorithm.branching(recipe.train.completions_per_prompt),
             )
@@ -180,11 +180,11 @@ def rollout_metrics(trace: TraceBatch, scored: list[Scored], samples: Samples) -
 def evaluate_held_out(session: Session, engine: Engine, task: Task[Any], tokenizer: Any, step: int) -> None:
     """Evaluate on held-out problems and log the result."""
     recipe = session.recipe
-    session.reporter.phase("evaluate")
+    session.enter("evaluate")
     decode = recipe.decode.model_copy(update={"temperature": recipe.evaluation.temperature})
 
     def generate(prompts: list[list[int]], decode: Decode, key: Key, sample_ids: list[int]) -> TraceBatch:
-        return engine.generate(prompts, decode, key, sample_ids, session.reporter.advance)
+        return engine.generate(prompts, decode, key, sample_ids, session.advance)
 
     result, records = evaluate_task(
         generate,
