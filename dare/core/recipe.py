@@ -144,6 +144,12 @@ class TrainRecipe(Options):
         description="tokens per forward and backward, instead of micro_batch_views: views are laid end to end, each a "
         "document that sees itself only, and no padding is computed; never changes the result",
     )
+    step_timeout_s: float | None = Field(
+        3600.0,
+        gt=0.0,
+        description="seconds without a sign of life (a phase, a denoising step) after which a run counts as hung: it "
+        "writes its stacks to hang.txt and ends; null: never",
+    )
 
 
 class OptimizerRecipe(Options):
@@ -173,6 +179,9 @@ class EvaluationRecipe(Options):
 class CheckpointRecipe(Options):
     every: int | None = Field(None, ge=1, description="steps between checkpoints; null: only at the end")
     keep_last: int = Field(2, ge=1)
+    stop_within_s: float = Field(
+        30.0, gt=0.0, description="seconds that a run has after SIGINT or SIGTERM to save the last whole step and end"
+    )
 
 
 class LogRecipe(Options):

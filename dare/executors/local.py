@@ -247,10 +247,10 @@ class LocalEngine:
 
     def save(self, directory: Path) -> None:
         save_family(self.family, directory)
-        save_file(self.optimizer.state(), directory / "trainer" / "optimizer.safetensors")
+        write_tensors(directory, "optimizer", self.optimizer.state())
         if self.critic is not None:
-            save_file(self.critic.state(), directory / "trainer" / "critic.safetensors")
-            save_file(self.critic_optimizer.state(), directory / "trainer" / "critic_optimizer.safetensors")
+            write_tensors(directory, "critic", self.critic.state())
+            write_tensors(directory, "critic_optimizer", self.critic_optimizer.state())
 
     def load(self, directory: Path) -> None:
         load_weights(self.family, directory)
@@ -306,6 +306,16 @@ class LocalEngine:
         if self.pack_length is not None:
             return [rows[torch.tensor(pack)] for pack in packs(length_R.tolist(), self.pack_length)]
         return [rows[part] for part in micro_batches(length_R, max_views=self.max_views, max_tokens=self.max_tokens)]
+
+
+def write_tensors(directory: Path, name: str, tensors: dict[str, Tensor]) -> None:
+    """Write a file of the trainer's state into a checkpoint. Raises DareError if it cannot be written."""
+    path = directory / "trainer" / f"{name}.safetensors"
+    try:
+        save_file(tensors, path)
+    except (SafetensorError, OSError) as error:
+        what = f"the {name.replace('_', ' ')} state cannot be written"
+        raise DareError(what, where=str(path), got=str(error)) from None
 
 
 def read_tensors(directory: Path, name: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:

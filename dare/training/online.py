@@ -47,7 +47,7 @@ def run_online(session: Session, engine: Engine, algorithm: Algorithm[Any], task
     rollouts = _rollouts(session, engine, algorithm, task, tokenizer, key)
     if session.first_step == 0 and recipe.evaluation.at_start:
         evaluate_held_out(session, engine, task, tokenizer, step=0)
-    for step in range(session.first_step + 1, recipe.train.steps + 1):
+    for step in session.steps():
         distinct = _prompts_of_step(recipe, task, step, key)
         prompts = _repeated(distinct, recipe.train.completions_per_prompt)
         with session.phase("rollout"):
@@ -84,7 +84,7 @@ def run_online(session: Session, engine: Engine, algorithm: Algorithm[Any], task
         if session.is_due(recipe.evaluation.every, step):
             evaluate_held_out(session, engine, task, tokenizer, step)
         if session.is_due(recipe.checkpoint.every, step):
-            session.save(step, engine, tokenizer, rollouts.save)
+            session.save(step, engine, tokenizer)
 
 
 def _rollouts(
@@ -102,7 +102,7 @@ def _rollouts(
             recipe.decode,
             key.fold("rollout", step),
             sample_ids,
-            session.reporter.advance,
+            session.advance,
             has_drafts="drafts" in algorithm.needs,
             branching=algorithm.branching(num),
         )
@@ -110,6 +110,7 @@ def _rollouts(
     rollouts = Rollouts(generate, is_ahead=recipe.train.overlap == "one_step")
     if session.resumed_from is not None:
         rollouts.load(session.resumed_from)
+    session.write_more = rollouts.save
     return rollouts
 
 
@@ -202,11 +203,11 @@ def rollout_metrics(trace: TraceBatch, scored: list[Scored], samples: Samples) -
 def evaluate_held_out(session: Session, engine: Engine, task: Task[Any], tokenizer: Any, step: int) -> None:
     """Evaluate on held-out problems and log the result."""
     recipe = session.recipe
-    session.reporter.phase("evaluate")
+    session.enter("evaluate")
     decode = recipe.decode.model_copy(update={"temperature": recipe.evaluation.temperature})
 
     def generate(prompts: list[list[int]], decode: Decode, key: Key, sample_ids: list[int]) -> TraceBatch:
-        return engine.generate(prompts, decode, key, sample_ids, session.reporter.advance)
+        return engine.generate(prompts, decode, key, sample_ids, session.advance)
 
     result, records = evaluate_task(
         generate,
