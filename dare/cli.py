@@ -65,7 +65,7 @@ class _ResumingCommand(TyperCommand):
     """`--resume` may be followed by the word auto; any other word after it is an argument, as it always was."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        spelt = []
+        spelt: list[str] = []
         for word in args:
             if word == "auto" and spelt[-1:] == ["--resume"]:
                 word = "--resume-auto"

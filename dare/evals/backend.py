@@ -110,7 +110,7 @@ class NativeBackend:
 
         A masked model denoises them as one block (as LLaDA's evaluation does), a block model in its blocks.
         """
-        pairs = [self._encode(item) for item in items]
+        pairs = [encode_continuation(self.tokenizer, item.prompt, item.text) for item in items]
         by_length: dict[int, list[int]] = defaultdict(list)
         for index, (_, wanted) in enumerate(pairs):
             by_length[len(wanted)].append(index)

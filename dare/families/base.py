@@ -291,9 +291,10 @@ class Family:
         if pack is None:
             ids_RT, position_RT = torch.cat([noisy_RS, context_RS], dim=1), position_RS.repeat(1, 2)
             visible = blocks.two_stream_mask(block_RS, is_real_RS)
-            noisy_only = (torch.cat([part_RS, torch.zeros_like(part_RS)], 1) for part_RS in (is_real_RS, is_read_RS))
+            none_RS = torch.zeros_like(is_read_RS)
+            counted_RT, read_RT = torch.cat([is_real_RS, none_RS], 1), torch.cat([is_read_RS, none_RS], 1)
             real_RT = is_real_RS.repeat(1, 2) if is_packed else None
-            both = states_at(self.network, ids_RT, position_RT, visible, *noisy_only, load, real_RT)
+            both = states_at(self.network, ids_RT, position_RT, visible, counted_RT, read_RT, load, real_RT)
             return both[:, : noisy_RS.shape[1]]
         first = pack.first_G
         shared = SharedContext(pack.num_streams, *blocks.shared_context_masks(block_RS[first], is_real_RS[first]))
