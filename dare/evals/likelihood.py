@@ -112,7 +112,8 @@ def _guided_logp(family: Family, views: Views, canvas: Canvas, scale: float) -> 
     """float32 [R, S]: `Family.view_logp` under logits u + (1 + scale)(c - u); u sees masks instead of the prompt."""
     is_prompt_RS = canvas.is_real_BS & ~canvas.is_completion_BS
     blind = dataclasses.replace(views, noisy_RS=torch.where(is_prompt_RS, family.spec.mask_id, views.noisy_RS))
-    hidden_RTD, blind_RTD = family.view_hidden(views, canvas), family.view_hidden(blind, canvas)
+    is_read_RS = views.is_target_RS
+    hidden_RTD, blind_RTD = (family.view_hidden(shown, canvas, is_read_RS=is_read_RS) for shown in (views, blind))
     is_target_RT = views.is_target_RS[:, : hidden_RTD.shape[1]].to(family.device)
     target_N = views.target_RS[views.is_target_RS].to(family.device)
     logp_N = []

@@ -86,6 +86,21 @@ def encode_messages(
     tokenizer: Any, messages: Iterable[Message], *, is_open: bool, where: str | None = None
 ) -> list[int]:
     """Ids of a conversation; `is_open` adds the header of an assistant turn. Errors as in `encode_prompt`."""
+    ids: list[int] = _apply_template(
+        tokenizer, messages, {"add_generation_prompt": is_open, "return_dict": False}, where
+    )
+    return ids
+
+
+def render_messages(tokenizer: Any, messages: Iterable[Message], *, is_open: bool, where: str | None = None) -> str:
+    """A conversation as text; `is_open` adds the header of an assistant turn, otherwise the last message stays open
+    for its continuation. Errors as in `encode_prompt`."""
+    how = {"add_generation_prompt": is_open, "continue_final_message": not is_open, "tokenize": False}
+    text: str = _apply_template(tokenizer, messages, how, where)
+    return text
+
+
+def _apply_template(tokenizer: Any, messages: Iterable[Message], how: dict[str, bool], where: str | None) -> Any:
     from jinja2 import TemplateError
 
     if not tokenizer.chat_template:
@@ -99,14 +114,11 @@ def encode_messages(
         _check_characters(tokenizer, message.get("content", ""))
     try:
         if _is_character_level(tokenizer):
-            _check_characters(
-                tokenizer, tokenizer.apply_chat_template(plain, add_generation_prompt=is_open, tokenize=False)
-            )
-        ids: list[int] = tokenizer.apply_chat_template(plain, add_generation_prompt=is_open, return_dict=False)
+            _check_characters(tokenizer, tokenizer.apply_chat_template(plain, **{**how, "tokenize": False}))
+        return tokenizer.apply_chat_template(plain, **how)
     except TemplateError as error:
         roles = ", ".join(message.get("role", "?") for message in plain)
         raise DareError(f"the chat template refuses the messages: {error}", where=where, got=f"roles {roles}") from None
-    return ids
 
 
 def generation_spans(

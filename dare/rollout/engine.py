@@ -101,7 +101,7 @@ def denoise(
     order, twins = _admission(prompts)
     meter = meter or Meter()
     meter.switch("packing")
-    with torch.no_grad(), plan.weights(family):
+    with plan.running(family):
         meter.switch("bookkeeping")
         batch = begin_batch(family, plan, trace, torch.arange(len(prompts)))
         live = Live(batch, order, twins, decode.batch_size)

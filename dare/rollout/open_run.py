@@ -173,5 +173,10 @@ def _empty_batch(family: Family, plan: Plan, num_rows: int, width: int) -> Batch
 
 
 def _moved(canvas: Canvas, device: torch.device) -> Canvas:
-    tensors = (canvas.input_BS, canvas.is_completion_BS, canvas.is_real_BS, canvas.block_BS)
-    return Canvas(*(tensor.to(device) for tensor in tensors), attention=canvas.attention)
+    return Canvas(
+        canvas.input_BS.to(device),
+        canvas.is_completion_BS.to(device),
+        canvas.is_real_BS.to(device),
+        canvas.block_BS.to(device),
+        attention=canvas.attention,
+    )

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
+
+import torch
 
 from dare.core.decode import Decode
 from dare.core.errors import DareError
 from dare.diffusion.unmask import find_policy, is_first_forced
 from dare.families.base import Family
+from dare.rollout.heap import kept_heap
 
 _MAX_POST_STEPS = 16
 _MIN_STEPS_TO_PACK = 8  # packing weights takes as long as a few steps save
@@ -55,9 +59,11 @@ class Plan:
         """Whether packing the weights takes less time than it saves."""
         return self.min_total_steps >= _MIN_STEPS_TO_PACK
 
-    def weights(self, family: Family) -> AbstractContextManager[None]:
-        """Around a rollout: packed weights where they pay."""
-        return family.packed() if self.is_packed else nullcontext()
+    @contextmanager
+    def running(self, family: Family) -> Iterator[None]:
+        """Around a rollout: no gradients, and on a CPU packed weights where they pay, and memory that is kept."""
+        with torch.no_grad(), family.packed() if self.is_packed else nullcontext(), kept_heap():
+            yield
 
 
 def make_plan(family: Family, decode: Decode) -> Plan:

@@ -16,8 +16,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
-
 from dare.core.errors import DareError
 from dare.core.rng import Key
 from dare.evals.likelihood import Likelihood, Request, log_likelihoods
@@ -192,7 +190,7 @@ class Scheduler:
         running: dict[int, RowJob] = {}
         failure = ApiError(500, "the engine has failed", code="engine_failed")
         try:
-            with torch.no_grad(), plan.weights(self._family):
+            with plan.running(self._family):
                 run = OpenRun(self._family, plan, num_seats=self._num_seats, width=self._width)
                 while not self._is_stopped:
                     for job in self._admit(plan, run.num_free):
