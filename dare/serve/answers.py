@@ -93,6 +93,7 @@ class Answer:
         found = await self._service.text(lambda: self._service.cut(self._ask, tokens))
         if completion is not None or (found.is_final and not self._body.dare.details):
             self._ended[index] = found
+            self._service.metrics.completion_tokens.inc(found.num_tokens)
             self._service.scheduler.give_up([self._jobs[index]])
         return found
 

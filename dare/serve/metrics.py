@@ -21,12 +21,12 @@ class Metrics:
             buckets=_SECONDS, registry=self.registry,
         )  # fmt: skip
         self.prompt_tokens = Counter("dare_prompt_tokens", "tokens of prompts", registry=self.registry)
-        self.completion_tokens = Counter("dare_completion_tokens", "tokens generated", registry=self.registry)
+        self.completion_tokens = Counter("dare_completion_tokens", "tokens that clients got", registry=self.registry)
         self.steps = Counter("dare_denoising_steps", "forwards over all seated rows", registry=self.registry)
         self.row_steps = Counter("dare_row_steps", "rows times denoising steps", registry=self.registry)
         self.likelihoods = Counter("dare_likelihoods", "continuations scored", registry=self.registry)
         self.given_up = Counter(
-            "dare_given_up_rows", "rows ended early: their client left, time was up, or a stop string was there",
+            "dare_given_up_rows", "rows ended early: nobody waits for them, or no later token could change the answer",
             registry=self.registry,
         )  # fmt: skip
         self.seated = Gauge("dare_rows_seated", "rows denoised now", registry=self.registry)

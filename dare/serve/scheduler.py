@@ -234,8 +234,6 @@ class Scheduler:
             return
         if job.is_given_up:
             self._metrics.given_up.inc()
-        else:
-            self._metrics.completion_tokens.inc(len(completion.tokens))
         job.ticket.completions[job.index] = completion
         job.ticket.ring()
 

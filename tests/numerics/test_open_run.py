@@ -65,7 +65,7 @@ row_requests = st.builds(
 
 
 @pytest.mark.parametrize(("name", "decode"), CASES)
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(data=st.data())
 def test_rows_do_not_depend_on_company(
     families: dict[str, Family], name: str, decode: Decode, data: st.DataObject

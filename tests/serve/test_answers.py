@@ -200,9 +200,12 @@ def test_facts(served: dict[str, Served]) -> None:
     assert server.ask("/health").json == {"status": "ok", "model": "tiny"}
     assert [card["id"] for card in server.ask("/v1/models").json["data"]] == ["tiny"]
     before = server.ask("/metrics").text
-    server.complete(prompt="a")
+    num_tokens = server.complete(prompt="a")["usage"]["completion_tokens"]
     after = server.ask("/metrics").text
-    line = 'dare_requests_total{path="/v1/completions",status="200"} '
-    counts = [float(text.split(line)[1].split("\n")[0]) if line in text else 0.0 for text in (before, after)]
-    assert counts[1] == counts[0] + 1
+    for line, num in (
+        ('dare_requests_total{path="/v1/completions",status="200"} ', 1),
+        ("\ndare_completion_tokens_total ", num_tokens),
+    ):
+        counts = [float(text.split(line)[1].split("\n")[0]) if line in text else 0.0 for text in (before, after)]
+        assert counts[1] == counts[0] + num
     assert "422" not in server.ask("/openapi.json").text
