@@ -34,6 +34,7 @@ def run_harness(call: HarnessCall, on_result: Callable[[str, dict[str, Any]], No
     if call.harness not in _EXTRAS:
         raise unknown_name("back end", call.harness, _EXTRAS, where="--backend")
     _require(call.harness)
+    from dare.api import family_of
     from dare.harness.place import load_backend
     from dare.harness.planning import plan_tasks
 
@@ -41,7 +42,7 @@ def run_harness(call: HarnessCall, on_result: Callable[[str, dict[str, Any]], No
     planned = plan_tasks(
         call.preset,
         call.tasks,
-        family=backend.describe()["family"],
+        family=family_of(backend, call.preset),
         checkpoint=call.checkpoint,
         model=call.published,
         overrides=call.overrides,

@@ -215,7 +215,9 @@ def _run_benchmarks(
     from dare.evals.suite import Shard
 
     part = Shard.parse(shard) if shard else None
-    model = load_model(checkpoint, *place)
+    from dare.evals.remote import is_url
+
+    model = checkpoint if is_url(checkpoint) else load_model(checkpoint, *place)
     from dare import api
     from dare.terminal.progress import benchmark_line, progress_bar
 
