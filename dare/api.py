@@ -44,18 +44,28 @@ def train(
     *,
     overrides: Iterable[str] = (),
     is_resumed: bool = False,
+    is_damage_skipped: bool = False,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Run a recipe (object, plain data or YAML file) into the folder `out`, by default runs/NAME.
 
-    Returns the summary that is also in run.json: status, seconds, checkpoint. Raises DareError for user mistakes.
+    is_resumed         continue the run that is in `out`, if there is one, from its newest checkpoint
+    is_damage_skipped  then pass over damaged checkpoints, as far back as the beginning
+    Returns the summary that is also in run.json: status, seconds, checkpoint. Raises DareError for user mistakes and
+    faults of the machine; Interrupted, a KeyboardInterrupt, if SIGINT or SIGTERM came, after a save.
     """
     if isinstance(recipe, str | Path):
         recipe = load_recipe(recipe, overrides)
     elif isinstance(recipe, dict):
         recipe = parse_recipe(recipe, where="recipe")
     run_dir = Path("runs") / recipe.name if out is None else Path(out)
-    return run_recipe(recipe, run_dir, reporter or NullReporter(), is_resumed=is_resumed)
+    return run_recipe(
+        recipe,
+        run_dir,
+        reporter or NullReporter(),
+        is_resumed=is_resumed,
+        is_damage_skipped=is_damage_skipped,
+    )
 
 
 def convert(

@@ -104,7 +104,9 @@ class NativeBackend:
         ]
 
     def log_likelihoods(self, items: Sequence[Continuation], options: Likelihood, stream: Stream) -> list[float]:
-        requests = [Request(*self._encode(item), item.sample_id) for item in items]
+        requests = [
+            Request(*encode_continuation(self.tokenizer, item.prompt, item.text), item.sample_id) for item in items
+        ]
         return log_likelihoods(self.family, requests, options, stream.key)
 
     def text_log_likelihoods(self, texts: Sequence[str], options: Likelihood, stream: Stream) -> list[float]:
@@ -125,7 +127,7 @@ class NativeBackend:
 
         A masked model denoises them as one block (as LLaDA's evaluation does), a block model in its blocks.
         """
-        pairs = [self._encode(item) for item in items]
+        pairs = [encode_continuation(self.tokenizer, item.prompt, item.text) for item in items]
         by_length: dict[int, list[int]] = defaultdict(list)
         for index, (_, wanted) in enumerate(pairs):
             by_length[len(wanted)].append(index)
@@ -167,14 +169,15 @@ class NativeBackend:
             "device": str(self.family.device),
         }
 
-    def _encode(self, item: Continuation) -> tuple[list[int], list[int]]:
-        """Context and continuation. Plain text is split where the tokens of the whole allow it, as lm-eval does."""
-        context = encode_prompt(self.tokenizer, item.prompt)
-        if item.prompt.text is not None:
-            whole = encode_text(self.tokenizer, item.prompt.text + item.text)
-            if whole[: len(context)] == context and len(whole) > len(context):
-                return context, whole[len(context) :]
-        return context, encode_text(self.tokenizer, item.text)
+
+def encode_continuation(tokenizer: Any, prompt: Prompt, text: str) -> tuple[list[int], list[int]]:
+    """Context and continuation. Plain text is split where the tokens of the whole allow it, as lm-eval does."""
+    context = encode_prompt(tokenizer, prompt)
+    if prompt.text is not None:
+        whole = encode_text(tokenizer, prompt.text + text)
+        if whole[: len(context)] == context and len(whole) > len(context):
+            return context, whole[len(context) :]
+    return context, encode_text(tokenizer, text)
 
 
 def hash_files(folder: Path, patterns: Sequence[str]) -> str | None:

@@ -113,6 +113,8 @@ def _apply_template(tokenizer: Any, messages: Iterable[Message], how: dict[str, 
     for message in plain:
         _check_characters(tokenizer, message.get("content", ""))
     try:
+        if _is_character_level(tokenizer):
+            _check_characters(tokenizer, tokenizer.apply_chat_template(plain, **{**how, "tokenize": False}))
         return tokenizer.apply_chat_template(plain, **how)
     except TemplateError as error:
         roles = ", ".join(message.get("role", "?") for message in plain)
@@ -171,12 +173,19 @@ def token_piece(tokenizer: Any, token: int) -> str:
     return str(token) if name is None else str(name)
 
 
-def _check_characters(tokenizer: Any, text: str) -> None:
-    """A character tokenizer has no token for the unknown: dropping or replacing characters would change the problem."""
+def _is_character_level(tokenizer: Any) -> bool:
     from tokenizers.models import WordLevel
 
-    if not tokenizer.is_fast or not isinstance(tokenizer.backend_tokenizer.model, WordLevel):
+    return bool(tokenizer.is_fast and isinstance(tokenizer.backend_tokenizer.model, WordLevel))
+
+
+def _check_characters(tokenizer: Any, text: str) -> None:
+    """A character tokenizer has no token for the unknown: dropping or replacing characters would change the problem."""
+    if not _is_character_level(tokenizer):
         return
+    if not tokenizer.split_special_tokens:
+        for token in tokenizer.all_special_tokens:
+            text = text.replace(token, "")
     known = {token for token in tokenizer.get_vocab() if token not in tokenizer.all_special_tokens}
     unknown = sorted(set(text) - known)
     if unknown:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def run_lm_eval(
             _HARNESS,
             asked,
             backend.describe(),
-            lambda job=job: _evaluate(job, backend, manager),
+            partial(_evaluate, job, backend, manager),
         )
         if on_result is not None:
             on_result(job.name, results[job.name])

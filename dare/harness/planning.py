@@ -37,7 +37,8 @@ def plan_tasks(
             fix="leave --preset out and give the decode options",
         )
     planned = []
-    for name in tasks or [None]:
+    whole: list[str | None] = [None]  # no task named: the preset's own
+    for name in tasks or whole:
         asked = [] if name is None else [name.removeprefix(OWN)]
         rows = plan(preset, asked, family=family, checkpoint=checkpoint, model=model, overrides=dict(overrides or {}))
         planned += [replace(row, task=OWN + row.task if name is None else name) for row in rows]
