@@ -162,10 +162,11 @@ class Adapter:
         return [head] if head is not None and _matches(head, self.target_modules()) else []
 
 
-def add_adapter(family: Family, recipe: LoraRecipe, key: Key, base: Base | None = None) -> Adapter:
+def add_adapter(family: Family, recipe: LoraRecipe, key: Key | None, base: Base | None = None) -> Adapter:
     """Put a new adapter on a family, which from then on trains nothing else. Returns it, as `family.adapter`.
 
-    Raises DareError for a target that no module of the family has.
+    Without a key A and B have no values, which is enough to count them. Raises DareError for a target that no module of
+    the family has.
     """
     _require_none(family)
     names = list(_places(family.network))
@@ -176,7 +177,8 @@ def add_adapter(family: Family, recipe: LoraRecipe, key: Key, base: Base | None 
                 raise unknown_name("target module", target, known, where="lora.target_modules")
         names = [name for name in names if _matches(name, recipe.target_modules)]
     family.adapter = Adapter(family.network, recipe, names, base)
-    family.adapter.reset(key)
+    if key is not None:
+        family.adapter.reset(key)
     return family.adapter
 
 

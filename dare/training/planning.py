@@ -20,6 +20,7 @@ from dare.data.read import Tally
 from dare.diffusion import corrupt
 from dare.families.base import Family
 from dare.families.build import DTYPES, outline, pick_device
+from dare.families.lora import add_adapter
 from dare.families.tokenizer import encode_prompt
 from dare.tasks.base import Task
 from dare.training.calibrate import calibrate
@@ -65,7 +66,8 @@ def plan_run(recipe: Recipe) -> RunPlan:
 
     Offline: the first 50 steps are laid out as they will be, and the largest is measured. Online: the longest of the
     first 256 prompts with a full completion, in micro-batches that are full; the seconds are those of an update,
-    without the rollout. Raises DareError as `dare train` does for recipes that cannot run.
+    without the rollout. A quantised base is planned as if it were not. Raises DareError as `dare train` does for
+    recipes that cannot run.
     """
     recipe = with_checkpoint(recipe)
     check(recipe)
@@ -76,6 +78,8 @@ def plan_run(recipe: Recipe) -> RunPlan:
     sources = text_sources(recipe, task, tally, has_pairs=has_pairs) if algorithm.kind == "offline" else []
     tokenizer = model_tokenizer(recipe, task, sources)
     family = outline(recipe.model, tokenizer).to(DTYPES[recipe.model.dtype], torch.device("meta"))
+    if recipe.lora is not None:
+        add_adapter(family, recipe.lora.model_copy(update={"quantize_base": None}), None)
     engine = _Outline(family)
     algorithm = algorithm.adapted(family.spec)
     if sources:
@@ -166,7 +170,8 @@ def _result(recipe: Recipe, algorithm: Algorithm[Any], family: Family, step: _St
         cost,
         num_micro_batches=len(step.parts),
         rollout=rollout,
-        has_reference=algorithm.needs_reference and recipe.reference.mode == "live",
+        # The reference of an adapter is the same network with the adapter off.
+        has_reference=algorithm.needs_reference and recipe.reference.mode == "live" and family.adapter is None,
         has_critic=algorithm.critic_lr is not None,
         process=process,
     )

@@ -12,11 +12,13 @@ from typer.testing import CliRunner
 
 from dare.cli import app
 from dare.core.errors import DareError
+from dare.core.lora_recipe import LoraRecipe
 from dare.core.recipe import Recipe, parse_recipe
 from dare.core.rng import Key
 from dare.diffusion import corrupt
 from dare.families.base import Family
 from dare.families.layers.attention import KVCache
+from dare.families.lora import add_adapter
 from dare.families.weights import create_family, load_family, outline_family, save_family
 from dare.training import plan
 from dare.training.calibrate import calibrate
@@ -96,6 +98,30 @@ def test_a_deep_network_costs_what_is_predicted_from_a_shallow_one(name: str, re
     assert cost.activations + cost.workspace == pytest.approx(count.peak, rel=0.05 if name == "llada2" else 0.01)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_adapter_costs_what_is_predicted_and_needs_no_reference(name: str, tmp_path: Path) -> None:
+    """Frozen weights keep no input for their gradient; every tensor of six layers counted, as above."""
+    options = LoraRecipe(rank=3)
+    family = deep_family(name, 6)
+    save_family(family, tmp_path)
+    planned = outline_family(tmp_path).to(device=torch.device("meta"))
+    add_adapter(planned, options, None)
+    add_adapter(family, options, Key(0))
+    assert plan.gradient_bytes(planned) == plan.gradient_bytes(family) < plan.weight_bytes(planned) / 2
+    assert plan.weight_bytes(planned) == plan.weight_bytes(family)
+    samples = samples_of(family, LENGTHS)
+    views = corrupt.bernoulli(samples, Key(2), num_views=1)
+    canvas = samples.canvas.rows(views.sample_R)
+    cost = calibrate(planned, torch.device("cpu"), recipe(), views, canvas, 100)
+    for parameter in family.network.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    with LiveBytes() as count:
+        hidden_RTD = family.view_hidden(views, canvas, is_read_RS=views.is_target_RS)
+        total, _ = family.target_total(hidden_RTD, views, torch.where(views.is_target_RS, -1e-3, 0.0))
+        total.backward()
+    assert cost.activations + cost.workspace == pytest.approx(count.peak, rel=0.05 if name == "llada2" else 0.01)
+
+
 def test_the_peak_is_the_largest_of_what_exists_together() -> None:
     parts: dict[str, Any] = {
         "weights": 100,
@@ -143,6 +169,15 @@ def test_a_rollout_has_a_cache_and_a_reference_policy_weights() -> None:
     found = plan_run(tiny_recipe("espo"))
     assert found.memory.rollout > 0
     assert found.memory.reference == found.memory.weights
+
+
+def test_an_adapter_is_planned_by_what_it_trains(tiny_checkpoints: dict[str, Path]) -> None:
+    model = {"path": str(tiny_checkpoints["llada"])}
+    whole, adapter = (plan_run(tiny_recipe("dpo", model=model, **extra)) for extra in ({}, {"lora": {"rank": 2}}))
+    assert adapter.num_trained < whole.num_trained / 2
+    assert adapter.memory.gradients == 4 * adapter.num_trained
+    assert adapter.memory.optimizer == 8 * adapter.num_trained
+    assert adapter.memory.reference == 0 < whole.memory.reference
 
 
 def test_the_command_prints_parts_or_json(tmp_path: Path) -> None:
