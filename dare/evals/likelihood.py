@@ -63,7 +63,7 @@ def log_likelihoods(
     guidance of a block model.
     """
     for request in requests:
-        _check(family, request, options)
+        check_request(family, request, options)
     result = [0.0] * len(requests)
     singles = [index for index, request in enumerate(requests) if len(request.completion) == 1]
     others = [index for index, request in enumerate(requests) if len(request.completion) > 1]
@@ -130,7 +130,8 @@ def _guided_logp(family: Family, views: Views, canvas: Canvas, scale: float) -> 
     return logp_RS.index_put(is_target_RT.nonzero(as_tuple=True), torch.cat(logp_N))
 
 
-def _check(family: Family, request: Request, options: Likelihood) -> None:
+def check_request(family: Family, request: Request, options: Likelihood) -> None:
+    """Raise DareError for what `log_likelihoods` would refuse."""
     if not request.completion:
         raise DareError("the completion is empty, so it has no likelihood", fix="give at least one token")
     if family.spec.mask_id in request.completion:
@@ -142,3 +143,4 @@ def _check(family: Family, request: Request, options: Likelihood) -> None:
             got=f"family {family.spec.name}",
             fix="set cfg_scale to 0",
         )
+    family.canvas([request.context], [request.completion])

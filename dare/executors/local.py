@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
@@ -64,6 +64,8 @@ class LocalEngine:
         family.network.recompute = recipe.train.recompute
         self.needs_reference = needs_reference
         self.reference = copy.deepcopy(family) if needs_reference and family.adapter is None else None
+        if self.reference is not None:
+            self.reference.network.requires_grad_(False)
         self.critic = Critic(family) if critic_lr is not None else None
         if prepare is not None:
             for network in self.networks():
@@ -81,9 +83,7 @@ class LocalEngine:
         self.family.network.eval()  # dropout off: both passes of an update must be the same function
 
     @classmethod
-    def create(
-        cls, recipe: Recipe, tokenizer: Any, *, needs_reference: bool, critic_lr: float | None = None
-    ) -> LocalEngine:
+    def create(cls, recipe: Recipe, tokenizer: Any, *, needs_reference: bool, critic_lr: float | None = None) -> Self:
         """The engine of a recipe: its checkpoint loaded, or its new model with keyed initial weights."""
         family = build_family(recipe.model, tokenizer, Key(recipe.seed), recipe.lora)
         num_updates = recipe.train.steps * recipe.train.updates_per_rollout
@@ -211,6 +211,7 @@ class LocalEngine:
     ) -> Tensor:
         """`accumulate` of the views that `parts` name, one forward and backward per part, empty ones as in
         `score_parts`; NaN elsewhere."""
+        self.family.packs.drop()  # room for activations; the update outdates them anyway
         score_RS = torch.full(views.noisy_RS.shape, torch.nan)
         for part in parts:
             chosen, rows = _rows(views, canvas, part if len(part) else _FIRST)
@@ -246,10 +247,10 @@ class LocalEngine:
 
     def save(self, directory: Path) -> None:
         save_family(self.family, directory)
-        save_file(self.optimizer.state(), directory / "trainer" / "optimizer.safetensors")
+        write_tensors(directory, "optimizer", self.optimizer.state())
         if self.critic is not None:
-            save_file(self.critic.state(), directory / "trainer" / "critic.safetensors")
-            save_file(self.critic_optimizer.state(), directory / "trainer" / "critic_optimizer.safetensors")
+            write_tensors(directory, "critic", self.critic.state())
+            write_tensors(directory, "critic_optimizer", self.critic_optimizer.state())
 
     def load(self, directory: Path) -> None:
         load_weights(self.family, directory)
@@ -305,6 +306,16 @@ class LocalEngine:
         if self.pack_length is not None:
             return [rows[torch.tensor(pack)] for pack in packs(length_R.tolist(), self.pack_length)]
         return [rows[part] for part in micro_batches(length_R, max_views=self.max_views, max_tokens=self.max_tokens)]
+
+
+def write_tensors(directory: Path, name: str, tensors: dict[str, Tensor]) -> None:
+    """Write a file of the trainer's state into a checkpoint. Raises DareError if it cannot be written."""
+    path = directory / "trainer" / f"{name}.safetensors"
+    try:
+        save_file(tensors, path)
+    except (SafetensorError, OSError) as error:
+        what = f"the {name.replace('_', ' ')} state cannot be written"
+        raise DareError(what, where=str(path), got=str(error)) from None
 
 
 def read_tensors(directory: Path, name: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from dare.families.config import Config, ModelSizes
 from dare.families.layers.attention import Cache, KVCache, Read, SharedContext, Visible
 from dare.families.layers.head import chunk_rows, linear_logp, linear_total
 from dare.families.layers.moe import ExpertLoad
-from dare.families.layers.packing import Multiply, pack, packed_linears
+from dare.families.layers.packing import Multiply, PackedWeights
 from dare.families.network import Network as Network
 from dare.families.reading import sources_of, states_at
 from dare.families.streams import pack_streams
@@ -92,6 +92,7 @@ class Family:
         self.generation_config = generation_config
         self.buffer_dtypes = dict(buffer_dtypes or {})
         self.code_files = dict(code_files or {})
+        self.packs = PackedWeights()  # those of the last rollout
         self._head: Multiply | None = None
         self.adapter: Adapter | None = None  # see `dare.families.lora`
 
@@ -290,9 +291,10 @@ class Family:
         if pack is None:
             ids_RT, position_RT = torch.cat([noisy_RS, context_RS], dim=1), position_RS.repeat(1, 2)
             visible = blocks.two_stream_mask(block_RS, is_real_RS)
-            noisy_only = (torch.cat([part_RS, torch.zeros_like(part_RS)], 1) for part_RS in (is_real_RS, is_read_RS))
+            none_RS = torch.zeros_like(is_read_RS)
+            counted_RT, read_RT = torch.cat([is_real_RS, none_RS], 1), torch.cat([is_read_RS, none_RS], 1)
             real_RT = is_real_RS.repeat(1, 2) if is_packed else None
-            both = states_at(self.network, ids_RT, position_RT, visible, *noisy_only, load, real_RT)
+            both = states_at(self.network, ids_RT, position_RT, visible, counted_RT, read_RT, load, real_RT)
             return both[:, : noisy_RS.shape[1]]
         first = pack.first_G
         shared = SharedContext(pack.num_streams, *blocks.shared_context_masks(block_RS[first], is_real_RS[first]))
@@ -327,8 +329,7 @@ class Family:
     @contextmanager
     def packed(self) -> Iterator[None]:
         """Matmuls without gradients are faster while the block runs, in which no weight may change (`packing.py`)."""
-        self._head = pack(self.network.head_weight)
-        with packed_linears(self.network):
+        with self.packs.linears(self.network, self.network.head_weight) as self._head:
             try:
                 yield
             finally:

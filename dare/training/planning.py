@@ -20,7 +20,6 @@ from dare.data.read import Tally
 from dare.diffusion import corrupt
 from dare.families.base import Family
 from dare.families.build import DTYPES, outline, pick_device
-from dare.families.lora import add_adapter
 from dare.families.tokenizer import encode_prompt
 from dare.tasks.base import Task
 from dare.training.calibrate import calibrate
@@ -77,9 +76,7 @@ def plan_run(recipe: Recipe) -> RunPlan:
     tally = Tally()
     sources = text_sources(recipe, task, tally, has_pairs=has_pairs) if algorithm.kind == "offline" else []
     tokenizer = model_tokenizer(recipe, task, sources)
-    family = outline(recipe.model, tokenizer).to(DTYPES[recipe.model.dtype], torch.device("meta"))
-    if recipe.lora is not None:
-        add_adapter(family, recipe.lora.model_copy(update={"quantize_base": None}), None)
+    family = outline(recipe.model, tokenizer, recipe.lora).to(DTYPES[recipe.model.dtype], torch.device("meta"))
     engine = _Outline(family)
     algorithm = algorithm.adapted(family.spec)
     if sources:
@@ -170,7 +167,6 @@ def _result(recipe: Recipe, algorithm: Algorithm[Any], family: Family, step: _St
         cost,
         num_micro_batches=len(step.parts),
         rollout=rollout,
-        # The reference of an adapter is the same network with the adapter off.
         has_reference=algorithm.needs_reference and recipe.reference.mode == "live" and family.adapter is None,
         has_critic=algorithm.critic_lr is not None,
         process=process,

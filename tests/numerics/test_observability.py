@@ -317,7 +317,7 @@ def test_a_smoothed_curve_is_a_weighted_mean_of_what_came_before() -> None:
 
 def test_the_report_shows_losses_by_noise_level_and_held_out(finished: Path) -> None:
     found = {chart.title: chart for chart in charts(load_run(finished))}
-    levels = found["Loss by share of masked tokens, smoothed, nats per token"].series
+    levels = found["Loss by noise level, nats per token"].series
     assert [series.label for series in levels] == sorted(
         (series.label for series in levels), key=lambda label: int(label.partition("-")[0])
     )

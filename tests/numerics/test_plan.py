@@ -18,13 +18,15 @@ from dare.core.rng import Key
 from dare.diffusion import corrupt
 from dare.families.base import Family
 from dare.families.layers.attention import KVCache
-from dare.families.lora import add_adapter
+from dare.families.lora import add_adapter, outline_adapter
+from dare.families.tokenizer import char_tokenizer
 from dare.families.weights import create_family, load_family, outline_family, save_family
 from dare.training import plan
 from dare.training.calibrate import calibrate
 from dare.training.live_bytes import LiveBytes
 from dare.training.optim import Optimizer
 from dare.training.planning import plan_run
+from tests.conftest import save_checkpoint
 from tests.numerics.test_recompute import recipe, samples_of
 
 LENGTHS = [(6, 26)] * 6
@@ -105,7 +107,7 @@ def test_an_adapter_costs_what_is_predicted_and_needs_no_reference(name: str, tm
     family = deep_family(name, 6)
     save_family(family, tmp_path)
     planned = outline_family(tmp_path).to(device=torch.device("meta"))
-    add_adapter(planned, options, None)
+    outline_adapter(planned, options)
     add_adapter(family, options, Key(0))
     assert plan.gradient_bytes(planned) == plan.gradient_bytes(family) < plan.weight_bytes(planned) / 2
     assert plan.weight_bytes(planned) == plan.weight_bytes(family)
@@ -171,13 +173,13 @@ def test_a_rollout_has_a_cache_and_a_reference_policy_weights() -> None:
     assert found.memory.reference == found.memory.weights
 
 
-def test_an_adapter_is_planned_by_what_it_trains(tiny_checkpoints: dict[str, Path]) -> None:
-    model = {"path": str(tiny_checkpoints["llada"])}
-    whole, adapter = (plan_run(tiny_recipe("dpo", model=model, **extra)) for extra in ({}, {"lora": {"rank": 2}}))
-    assert adapter.num_trained < whole.num_trained / 2
-    assert adapter.memory.gradients == 4 * adapter.num_trained
-    assert adapter.memory.optimizer == 8 * adapter.num_trained
-    assert adapter.memory.reference == 0 < whole.memory.reference
+def test_an_adapter_alone_is_trained_and_its_base_the_reference(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "base", "sdar", char_tokenizer("0123456789+-="))
+    changes = {"model": {"path": str(tmp_path / "base")}, "lora": {"rank": 2, "target_modules": ["q_proj"]}}
+    found = plan_run(tiny_recipe("espo", **changes))
+    assert found.num_trained == 2 * 2 * (32 + 32)  # two layers
+    assert found.memory.gradients == found.num_trained * 4
+    assert found.memory.reference == 0
 
 
 def test_the_command_prints_parts_or_json(tmp_path: Path) -> None:
