@@ -65,7 +65,8 @@ def plan_run(recipe: Recipe) -> RunPlan:
 
     Offline: the first 50 steps are laid out as they will be, and the largest is measured. Online: the longest of the
     first 256 prompts with a full completion, in micro-batches that are full; the seconds are those of an update,
-    without the rollout. Raises DareError as `dare train` does for recipes that cannot run.
+    without the rollout. A quantised base is planned as if it were not. Raises DareError as `dare train` does for
+    recipes that cannot run.
     """
     recipe = with_checkpoint(recipe)
     check(recipe)

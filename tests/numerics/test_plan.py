@@ -12,11 +12,13 @@ from typer.testing import CliRunner
 
 from dare.cli import app
 from dare.core.errors import DareError
+from dare.core.lora_recipe import LoraRecipe
 from dare.core.recipe import Recipe, parse_recipe
 from dare.core.rng import Key
 from dare.diffusion import corrupt
 from dare.families.base import Family
 from dare.families.layers.attention import KVCache
+from dare.families.lora import add_adapter, outline_adapter
 from dare.families.tokenizer import char_tokenizer
 from dare.families.weights import create_family, load_family, outline_family, save_family
 from dare.training import plan
@@ -95,6 +97,30 @@ def test_a_deep_network_costs_what_is_predicted_from_a_shallow_one(name: str, re
         total, _ = family.target_total(hidden_RTD, views, torch.where(views.is_target_RS, -1e-3, 0.0))
         total.backward()
     # A mixture's activations follow the routing, which differs from layer to layer.
+    assert cost.activations + cost.workspace == pytest.approx(count.peak, rel=0.05 if name == "llada2" else 0.01)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_adapter_costs_what_is_predicted_and_needs_no_reference(name: str, tmp_path: Path) -> None:
+    """Frozen weights keep no input for their gradient; every tensor of six layers counted, as above."""
+    options = LoraRecipe(rank=3)
+    family = deep_family(name, 6)
+    save_family(family, tmp_path)
+    planned = outline_family(tmp_path).to(device=torch.device("meta"))
+    outline_adapter(planned, options)
+    add_adapter(family, options, Key(0))
+    assert plan.gradient_bytes(planned) == plan.gradient_bytes(family) < plan.weight_bytes(planned) / 2
+    assert plan.weight_bytes(planned) == plan.weight_bytes(family)
+    samples = samples_of(family, LENGTHS)
+    views = corrupt.bernoulli(samples, Key(2), num_views=1)
+    canvas = samples.canvas.rows(views.sample_R)
+    cost = calibrate(planned, torch.device("cpu"), recipe(), views, canvas, 100)
+    for parameter in family.network.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    with LiveBytes() as count:
+        hidden_RTD = family.view_hidden(views, canvas, is_read_RS=views.is_target_RS)
+        total, _ = family.target_total(hidden_RTD, views, torch.where(views.is_target_RS, -1e-3, 0.0))
+        total.backward()
     assert cost.activations + cost.workspace == pytest.approx(count.peak, rel=0.05 if name == "llada2" else 0.01)
 
 
