@@ -134,7 +134,7 @@ def measure(
     is_equal = None
     if has_plain and decode.temperature == 0.0:
         rows = zip(trace.canvas.input_BS, trace.canvas.is_completion_BS, strict=True)
-        is_equal = plain == [ids_S[here_S].tolist() for ids_S, here_S in rows]
+        is_equal = [row.tokens for row in plain] == [ids_S[here_S].tolist() for ids_S, here_S in rows]
     num_tokens, peak = int(scored_mask(trace).sum()), peak_flops(dtype)
     flops = needed_flops(family, meter)
     return Measurement(
