@@ -48,13 +48,21 @@ class Plan:
         """Temperature of the log-probs at commit; greedy decoding reports plain probabilities."""
         return self.decode.temperature or 1.0
 
+    @property
+    def min_total_steps(self) -> int:
+        """Denoising steps of a completion that is not ended early; of a policy without a schedule at least so many."""
+        num_blocks = -(-self.decode.gen_length // self.block_length)
+        return num_blocks * (1 if self.decode.is_dynamic else self.num_steps)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether packing the weights takes less time than it saves."""
+        return self.min_total_steps >= _MIN_STEPS_TO_PACK
+
     @contextmanager
     def running(self, family: Family) -> Iterator[None]:
         """Around a rollout: no gradients, and on a CPU packed weights where they pay, and memory that is kept."""
-        num_blocks = -(-self.decode.gen_length // self.block_length)
-        num_steps = num_blocks * (1 if self.decode.is_dynamic else self.num_steps)
-        weights = family.packed() if num_steps >= _MIN_STEPS_TO_PACK else nullcontext()
-        with torch.no_grad(), weights, kept_heap():
+        with torch.no_grad(), family.packed() if self.is_packed else nullcontext(), kept_heap():
             yield
 
 
