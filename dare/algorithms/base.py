@@ -33,6 +33,7 @@ class Algorithm(ABC, Generic[OptionsT]):
     needs: ClassVar[frozenset[Record]] = frozenset()  # what else the rollout must record
     is_linear: bool = False  # loss is linear in logp: no scoring pass before the backward
     compares_rewards: ClassVar[bool] = False  # forms its own advantages, so a reward must be one number
+    normalises_advantages: ClassVar[bool] = False  # within a group, so that a factor on one changes the others
     # Attention kinds it cannot train ("full": masked models, "block_causal": block models), each with the reason.
     forbidden: ClassVar[Mapping[str, str]] = {}
 

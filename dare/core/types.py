@@ -215,7 +215,7 @@ class TraceBatch:
     drafts: Drafts | None = None
     tree: Tree | None = None
     predictions: Predictions | None = None
-    missing: frozenset[Missing] = frozenset()
+    missing: tuple[Missing, ...] = ()
 
     def __post_init__(self) -> None:
         shape = tuple(self.canvas.input_BS.shape)

@@ -57,8 +57,9 @@ class Verl:
         self.options = options
 
     def check(self, recipe: Recipe) -> None:
-        """Raises DareError for what sharded weights do not have yet: adapters, 8-bit moments."""
-        wanted = {"lora": recipe.lora is not None, "optimizer.moments": recipe.optimizer.moments == "8bit"}
+        """Raises DareError for what cannot be cut into shards: blocks of quantised weights or moments."""
+        is_quantized = recipe.lora is not None and recipe.lora.quantize_base is not None
+        wanted = {"lora.quantize_base": is_quantized, "optimizer.moments": recipe.optimizer.moments == "8bit"}
         for key in (key for key, is_wanted in wanted.items() if is_wanted):
             raise DareError(
                 f"the verl executor has no {key}", where=key, fix=f"remove {key}, or use executor=local for it"

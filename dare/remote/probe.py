@@ -76,7 +76,7 @@ def commit_logp(trace: TraceBatch, score: Score) -> tuple[Tensor, Views, Samples
 def with_scored_logp(trace: TraceBatch, score: Score) -> TraceBatch:
     """The trace with the trainer's own log-probs at commit in the place of the server's."""
     logp_BS, _, _ = commit_logp(trace, score)
-    return dataclasses.replace(trace, logp_BS=logp_BS, missing=trace.missing - {"logp"})
+    return dataclasses.replace(trace, logp_BS=logp_BS, missing=tuple(part for part in trace.missing if part != "logp"))
 
 
 def check_model(trace: TraceBatch, score: Score, max_gap: float, where: str, before: Reading | None) -> Reading | None:

@@ -119,7 +119,7 @@ class Layout:
             trace.nfe_B[index] = max(steps) + 1
             self._cut(trace, index, place_N[end:])
         absent: tuple[tuple[Missing, bool], ...] = (("steps", has_steps), ("logp", has_logp))
-        missing = frozenset(name for name, is_there in absent if not is_there)
+        missing = tuple(name for name, is_there in absent if not is_there)
         return dataclasses.replace(finished(trace), missing=missing)
 
     def _cut(self, trace: TraceBatch, index: int, place_N: Tensor) -> None:
