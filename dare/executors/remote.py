@@ -221,6 +221,5 @@ class RemoteEngine(LocalEngine):
             raise DareError(
                 f"{name} reads the log-probs of the rollout, and the rollout server returns none",
                 where=self.where,
-                fix="set rollout.commit_logp: scored, or do without: algorithm.old: scored, kl_to: old, no rollout_cap, "
-                "train.correction: none",
+                fix="set rollout.commit_logp: scored, or do without (old: scored, no rollout_cap, correction: none)",
             )
