@@ -170,6 +170,8 @@ def test_servers_without_step_maps_train_what_needs_none(folders: dict[str, Path
         with pytest.raises(DareError, match="reads the log-probs of the rollout") as raised:
             remote_engine(folders["sdar"], server, algorithm=capped)
         assert "commit_logp: scored" in str(raised.value)
+        with pytest.raises(DareError, match="train.correction reads the log-probs"):
+            remote_engine(folders["sdar"], server, algorithm="espo", train={"correction": "geometric"})
         scored = remote_engine(folders["sdar"], server, algorithm=capped, rollout={"commit_logp": "scored"})
         expected = local_engine(folders["sdar"]).generate(PROMPTS, DECODE, Key(5), IDS)
         found = scored.generate(PROMPTS, DECODE, Key(5), IDS)
