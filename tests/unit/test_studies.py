@@ -206,7 +206,7 @@ def test_a_report_while_the_study_runs(tmp_path: Path) -> None:
     assert "cj_grpo, seed 2: running at step 10 of 10" in text
     assert "espo, seed 0: 1 line of eval.jsonl cannot be read" in text
     with pytest.raises(DareError, match="other settings"):
-        recorded_cells(plan_of(tmp_path, seeds=[0], recipe={"decode": {"gen_length": 4}}), out)
+        recorded_cells(plan_of(tmp_path, recipe={**STUDY["recipe"], "evaluation": {"num": 39}}), out)
     with pytest.raises(DareError, match="no study here"):
         recorded_cells(plan, tmp_path / "elsewhere")
 
