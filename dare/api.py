@@ -43,18 +43,28 @@ def train(
     *,
     overrides: Iterable[str] = (),
     is_resumed: bool = False,
+    is_damage_skipped: bool = False,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Run a recipe (object, plain data or YAML file) into the folder `out`, by default runs/NAME.
 
-    Returns the summary that is also in run.json: status, seconds, checkpoint. Raises DareError for user mistakes.
+    is_resumed         continue the run that is in `out`, if there is one, from its newest checkpoint
+    is_damage_skipped  then pass over damaged checkpoints, as far back as the beginning
+    Returns the summary that is also in run.json: status, seconds, checkpoint. Raises DareError for user mistakes and
+    faults of the machine; Interrupted, a KeyboardInterrupt, if SIGINT or SIGTERM came, after a save.
     """
     if isinstance(recipe, str | Path):
         recipe = load_recipe(recipe, overrides)
     elif isinstance(recipe, dict):
         recipe = parse_recipe(recipe, where="recipe")
     run_dir = Path("runs") / recipe.name if out is None else Path(out)
-    return run_recipe(recipe, run_dir, reporter or NullReporter(), is_resumed=is_resumed)
+    return run_recipe(
+        recipe,
+        run_dir,
+        reporter or NullReporter(),
+        is_resumed=is_resumed,
+        is_damage_skipped=is_damage_skipped,
+    )
 
 
 def convert(
@@ -171,8 +181,7 @@ def evaluate_benchmarks(
     if not isinstance(model, Model):
         checkpoint = checkpoint or str(model)
         model = load(model)
-    if model.tokenizer is None:
-        raise DareError("evaluation needs a tokenizer", fix="put the model's tokenizer files into the folder")
+    backend = evaluation_backend(model, checkpoint)
     family = model.family.spec.name
     planned = plan(preset, tasks, family=family, checkpoint=checkpoint or "", model=published, overrides=overrides)
     benchmarks = [find_benchmark(item.task) for item in planned]
@@ -181,8 +190,6 @@ def evaluate_benchmarks(
         benchmark.shots(item.settings.num_shots)
         if isinstance(benchmark, ProgramBenchmark):
             benchmark.sandbox = Sandbox(is_weak_allowed=is_weak_sandbox_allowed)
-    folder = None if checkpoint is None else Path(resolve_checkpoint(resolve_model_path(checkpoint)))
-    backend = NativeBackend(model.family, model.tokenizer, folder)
     results: dict[str, dict[str, Any] | None] = {}
     for benchmark, item in zip(benchmarks, planned, strict=True):
         results[item.task] = run_benchmark(
@@ -191,3 +198,14 @@ def evaluate_benchmarks(
         if on_result is not None:
             on_result(item.task, results[item.task])
     return results
+
+
+def evaluation_backend(model: Model, checkpoint: str | None = None) -> NativeBackend:
+    """What evaluations ask of a loaded model; `checkpoint` is where it came from, to be hashed for the result card.
+
+    Raises DareError if the model has no tokenizer.
+    """
+    if model.tokenizer is None:
+        raise DareError("evaluation needs a tokenizer", fix="put the model's tokenizer files into the folder")
+    folder = None if checkpoint is None else Path(resolve_checkpoint(resolve_model_path(checkpoint)))
+    return NativeBackend(model.family, model.tokenizer, folder)

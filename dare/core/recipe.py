@@ -25,6 +25,7 @@ from dare.core.recipe_errors import explain
 from dare.core.reference_recipe import ReferenceRecipe
 from dare.core.registry import resolve
 from dare.core.reward_recipe import GroupRecipe, RewardRecipe
+from dare.core.rollout_recipe import RolloutRecipe
 from dare.core.validation_recipe import ValidationRecipe
 
 
@@ -107,12 +108,26 @@ class ModelRecipe(Options):
         return self
 
 
+Correction = Literal["none", "geometric", "sequence"]
+
+
 class TrainRecipe(Options):
     steps: int = Field(100, ge=1, description="rollouts (online) or optimizer steps (offline)")
     batch_size: int = Field(64, ge=1, description="offline: rows per optimizer step")
     prompts_per_step: int = Field(16, ge=1, description="online: prompts per rollout")
     completions_per_prompt: int = Field(8, ge=1, description="online: group size G")
     updates_per_rollout: int = Field(1, ge=1, description="online: optimizer steps per rollout (mu)")
+    overlap: Literal["none", "one_step"] = Field(
+        "none",
+        description="online: one_step makes the next rollout before this step's update, with the weights before it, "
+        "so that neither has to wait for the other",
+    )
+    correction: Correction = Field(
+        "none",
+        description="online: weigh rollouts by the probability of their commits now over that when they were made, of "
+        "all tokens (sequence) or its geometric mean per token; costs a scoring pass over the rollout's states",
+    )
+    correction_cap: float = Field(2.0, ge=1.0, description="what weights of the correction are truncated to")
     micro_batch_views: int = Field(256, ge=1, description="views per forward and backward; never changes the result")
     micro_batch_tokens: int = Field(
         16384, ge=1, description="positions per forward and backward, padding included; never changes the result"
@@ -128,6 +143,12 @@ class TrainRecipe(Options):
         ge=1,
         description="tokens per forward and backward, instead of micro_batch_views: views are laid end to end, each a "
         "document that sees itself only, and no padding is computed; never changes the result",
+    )
+    step_timeout_s: float | None = Field(
+        3600.0,
+        gt=0.0,
+        description="seconds without a sign of life (a phase, a denoising step) after which a run counts as hung: it "
+        "writes its stacks to hang.txt and ends; null: never",
     )
 
 
@@ -158,6 +179,9 @@ class EvaluationRecipe(Options):
 class CheckpointRecipe(Options):
     every: int | None = Field(None, ge=1, description="steps between checkpoints; null: only at the end")
     keep_last: int = Field(2, ge=1)
+    stop_within_s: float = Field(
+        30.0, gt=0.0, description="seconds that a run has after SIGINT or SIGTERM to save the last whole step and end"
+    )
 
 
 class LogRecipe(Options):
@@ -190,6 +214,7 @@ class Recipe(Options):
     reward: RewardRecipe = Field(RewardRecipe(), description="online: what completions are trained towards")
     groups: GroupRecipe = Field(GroupRecipe(), description="online: which groups of completions are trained on")
     decode: Decode = Decode()
+    rollout: RolloutRecipe = Field(RolloutRecipe(), description="online: who denoises; default: this process")
     train: TrainRecipe = TrainRecipe()
     reference: ReferenceRecipe = ReferenceRecipe()
     optimizer: OptimizerRecipe = OptimizerRecipe()
