@@ -32,6 +32,7 @@ from dare.cli_plan import plan
 from dare.cli_seeing import view, watch
 from dare.core.errors import DareError, Interrupted
 from dare.core.faults import explain_fault
+from dare.core.secrets import hide_secrets
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -63,7 +64,7 @@ class _ResumingCommand(TyperCommand):
     """`--resume` may be followed by the word auto; any other word after it is an argument, as it always was."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        spelt = []
+        spelt: list[str] = []
         for word in args:
             if word == "auto" and spelt[-1:] == ["--resume"]:
                 word = "--resume-auto"
@@ -306,7 +307,7 @@ def report(
 
 
 def _fail(text: str) -> None:
-    first, _, rest = text.partition("\n")
+    first, _, rest = hide_secrets(text).partition("\n")
     typer.secho(f"error: {first}", fg="red", bold=True, err=True)
     if rest:
         typer.secho(rest, fg="red", err=True)

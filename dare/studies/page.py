@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dare.core.secrets import hide_secrets
 from dare.report.curves import Chart, Series
 from dare.report.drawing import Drawing, draw
 from dare.report.templating import environment, points
@@ -136,7 +137,7 @@ def _origin_words(origin: dict[str, Any]) -> str:
 
 def _recipes(results: Sequence[Result | Missing]) -> list[tuple[str, str]]:
     """The resolved recipe of every run."""
-    return [(item.cell.name, item.cell.recipe.dump_yaml()) for item in results]
+    return [(item.cell.name, hide_secrets(item.cell.recipe.dump_yaml())) for item in results]
 
 
 def _listed(names: Sequence[str]) -> str:

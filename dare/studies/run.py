@@ -19,11 +19,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
-
 from dare.core.errors import DareError
 from dare.core.files import read_json, write_text
 from dare.core.recipe import Recipe
+from dare.core.yaml_text import load_yaml
 from dare.studies.results import step_cost
 from dare.studies.study import Cell, Panel, Plan, Unit, fixed_settings, flatten
 from dare.training.checkpoint import resolve_model_path
@@ -173,9 +172,9 @@ def check_settings(job: Job, folder: Path) -> None:
     path, asked = job.out / "recipe.yaml", job.file(folder, ".yaml")
     if not path.is_file():
         return
-    found = flatten(yaml.safe_load(path.read_text(encoding="utf-8")))
+    found = flatten(load_yaml(path.read_text(encoding="utf-8")))
     if asked.is_file():  # a run records what an algorithm made of options that were left open
-        before = flatten(yaml.safe_load(asked.read_text(encoding="utf-8")))
+        before = flatten(load_yaml(asked.read_text(encoding="utf-8")))
         found |= {key: value for key, value in before.items() if key.startswith("algorithm.")}
     wanted = {**fixed_settings(job.recipe), **flatten(job.recipe.model_dump(mode="json", include={"algorithm"}))}
     wanted |= {"seed": job.recipe.seed, "train.steps": job.recipe.train.steps}
