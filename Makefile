@@ -5,12 +5,12 @@ BIN := .venv/bin
 SEED ?= 0
 OUT ?= runs/demo
 
-.PHONY: demo test test-scale lint audit
+.PHONY: demo test test-scale lint docs audit
 
 .venv/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or 3.12 with venv found; install one or run: make PYTHON=/path/to/python"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,docs]"
 	@touch $@
 
 demo: .venv/.installed
@@ -42,3 +42,7 @@ audit: .venv/.installed
 	$(BIN)/python tools/licences.py --extra dev --extra tensorboard
 	test -x .venv-audit/bin/pip-audit || { $(PYTHON) -m venv .venv-audit && .venv-audit/bin/python -m pip install --quiet pip-audit; }
 	.venv-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
+
+# The documentation as a site: build/site. The tests build it too.
+docs: .venv/.installed
+	$(BIN)/mkdocs build --strict

@@ -181,8 +181,7 @@ def evaluate_benchmarks(
     if not isinstance(model, Model):
         checkpoint = checkpoint or str(model)
         model = load(model)
-    if model.tokenizer is None:
-        raise DareError("evaluation needs a tokenizer", fix="put the model's tokenizer files into the folder")
+    backend = evaluation_backend(model, checkpoint)
     family = model.family.spec.name
     planned = plan(preset, tasks, family=family, checkpoint=checkpoint or "", model=published, overrides=overrides)
     benchmarks = [find_benchmark(item.task) for item in planned]
@@ -191,8 +190,6 @@ def evaluate_benchmarks(
         benchmark.shots(item.settings.num_shots)
         if isinstance(benchmark, ProgramBenchmark):
             benchmark.sandbox = Sandbox(is_weak_allowed=is_weak_sandbox_allowed)
-    folder = None if checkpoint is None else Path(resolve_checkpoint(resolve_model_path(checkpoint)))
-    backend = NativeBackend(model.family, model.tokenizer, folder)
     results: dict[str, dict[str, Any] | None] = {}
     for benchmark, item in zip(benchmarks, planned, strict=True):
         results[item.task] = run_benchmark(
@@ -201,3 +198,14 @@ def evaluate_benchmarks(
         if on_result is not None:
             on_result(item.task, results[item.task])
     return results
+
+
+def evaluation_backend(model: Model, checkpoint: str | None = None) -> NativeBackend:
+    """What evaluations ask of a loaded model; `checkpoint` is where it came from, to be hashed for the result card.
+
+    Raises DareError if the model has no tokenizer.
+    """
+    if model.tokenizer is None:
+        raise DareError("evaluation needs a tokenizer", fix="put the model's tokenizer files into the folder")
+    folder = None if checkpoint is None else Path(resolve_checkpoint(resolve_model_path(checkpoint)))
+    return NativeBackend(model.family, model.tokenizer, folder)

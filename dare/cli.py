@@ -29,7 +29,9 @@ from dare.cli_options import (
     token_text,
 )
 from dare.cli_plan import plan
+from dare.cli_remote import rollout_server
 from dare.cli_seeing import view, watch
+from dare.cli_serve import serve
 from dare.core.errors import DareError, Interrupted
 from dare.core.faults import explain_fault
 from dare.core.secrets import hide_secrets
@@ -206,7 +208,9 @@ app.command(short_help="Average the weights of several checkpoints.")(average)
 app.command(short_help="Merge an adapter, and write a model to publish.")(export)
 app.command(short_help="Compare algorithms under one budget.")(compare)
 app.command(short_help="Look at a trace: every step, and why.")(view)
+app.command("rollout-server", short_help="Serve a model to training runs, as SGLang or LMDeploy would.")(rollout_server)
 app.command(short_help="Serve the report of a run, live while it trains.")(watch)
+app.command(short_help="Serve a model over HTTP, in the shape of the OpenAI API.")(serve)
 
 
 @app.command(short_help="Check recipes without running them.")

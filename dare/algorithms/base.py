@@ -33,6 +33,7 @@ class Algorithm(ABC, Generic[OptionsT]):
     needs: ClassVar[frozenset[Record]] = frozenset()  # what else the rollout must record
     is_linear: bool = False  # loss is linear in logp: no scoring pass before the backward
     compares_rewards: ClassVar[bool] = False  # forms its own advantages, so a reward must be one number
+    normalises_advantages: ClassVar[bool] = False  # within a group, so that a factor on one changes the others
     # Attention kinds it cannot train ("full": masked models, "block_causal": block models), each with the reason.
     forbidden: ClassVar[Mapping[str, str]] = {}
 
@@ -52,6 +53,11 @@ class Algorithm(ABC, Generic[OptionsT]):
     def needs_old(self) -> bool:
         """Whether `loss` reads the old policy's log-probs of views drawn for a later inner iteration."""
         return not self.is_linear
+
+    @property
+    def reads_recorded(self) -> bool:
+        """Whether the log-probs that the rollout recorded at each commit enter the loss."""
+        return False
 
     def check_rollouts(self, decode: Decode) -> list[str]:
         """Warnings about rollouts whose likelihood is not the one trained on.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -40,6 +40,7 @@ class WD1(GroupAlgorithm[WD1Options]):
     """
 
     Config = WD1Options
+    normalises_advantages: ClassVar[bool] = True
     is_linear = True
 
     def corrupt(self, samples: Samples, key: Key) -> Views:

@@ -11,6 +11,7 @@ from dare.core.errors import DareError
 from dare.core.recipe import Recipe
 from dare.core.registry import FAMILIES, check_name
 from dare.core.reward_recipe import GroupRecipe, RewardRecipe
+from dare.core.rollout_checks import check_rollout
 
 
 def check(recipe: Recipe) -> list[str]:
@@ -26,6 +27,7 @@ def check(recipe: Recipe) -> list[str]:
     warnings = _check_online(recipe, algorithm) if algorithm.kind == "online" else _check_offline(recipe)
     _check_blocks(recipe)
     _check_lora(recipe)
+    check_rollout(recipe, algorithm)
     recipe.executor.build().check(recipe)
     if recipe.evaluation.num < 30 and recipe.task is not None:
         warnings.append(f"evaluation.num {recipe.evaluation.num} gives intervals too wide to compare anything")
@@ -89,6 +91,7 @@ def _check_online(recipe: Recipe, algorithm: Any) -> list[str]:
         )
     warnings = []
     _check_records(recipe, algorithm)
+    warnings += _check_correction(recipe, algorithm)
     chosen_by_candidate = ("low_confidence", "threshold", "capped_threshold", "factor")
     if algorithm.needs_step_map and recipe.decode.unmask in chosen_by_candidate:
         warnings.append(
@@ -100,6 +103,33 @@ def _check_online(recipe: Recipe, algorithm: Any) -> list[str]:
     if recipe.decode.top_k is not None or recipe.decode.top_p is not None:
         warnings.append("top_k and top_p truncate the policy that samples, not the one that is scored")
     return warnings + list(recipe.algorithm.build().check_rollouts(recipe.decode))
+
+
+def _check_correction(recipe: Recipe, algorithm: Any) -> list[str]:
+    """Importance weights need advantages to weigh and a trace that says what every step read."""
+    train, decode, name = recipe.train, recipe.decode, recipe.algorithm.name
+    if train.correction == "none":
+        if train.overlap == "none":
+            return []
+        return [
+            "train.overlap: one_step updates on rollouts of older weights, and nothing corrects for that unless the "
+            "algorithm does (rollout_cap, old: rollout); train.correction weighs them"
+        ]
+    if algorithm.compares_rewards or algorithm.normalises_advantages:
+        raise DareError(
+            f"{name} makes more of a rollout than a multiple of its advantage, so a weight would be lost",
+            where="train.correction",
+            got=train.correction,
+            fix="set train.correction: none, or choose another algorithm",
+        )
+    if decode.remask != "none" or decode.edit_threshold is not None:
+        raise DareError(
+            "a correction replays the rollout step by step, but this one changes tokens that it has committed",
+            where="train.correction",
+            got=f"remask: {decode.remask}, edit_threshold: {decode.edit_threshold}",
+            fix="set train.correction: none, or decode without remasking and edits",
+        )
+    return []
 
 
 def _check_records(recipe: Recipe, algorithm: Any) -> None:
@@ -173,12 +203,16 @@ def _check_offline(recipe: Recipe) -> list[str]:
     ):
         if is_set:
             raise DareError("offline training has no rewards", where=section, fix=f"remove the {section} section")
-    if recipe.train.updates_per_rollout != 1:
-        raise DareError(
-            "offline training has no rollouts",
-            where="train.updates_per_rollout",
-            fix="remove it; train.steps counts steps",
-        )
+    train = recipe.train
+    for key, is_set in (
+        ("updates_per_rollout", train.updates_per_rollout != 1),
+        ("overlap", train.overlap != "none"),
+        ("correction", train.correction != "none"),
+    ):
+        if is_set:
+            raise DareError(
+                "offline training has no rollouts", where=f"train.{key}", fix="remove it; train.steps counts steps"
+            )
     return []
 
 

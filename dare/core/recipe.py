@@ -25,6 +25,7 @@ from dare.core.recipe_errors import explain
 from dare.core.reference_recipe import ReferenceRecipe
 from dare.core.registry import resolve
 from dare.core.reward_recipe import GroupRecipe, RewardRecipe
+from dare.core.rollout_recipe import RolloutRecipe
 from dare.core.validation_recipe import ValidationRecipe
 from dare.core.yaml_text import load_yaml
 
@@ -108,12 +109,26 @@ class ModelRecipe(Options):
         return self
 
 
+Correction = Literal["none", "geometric", "sequence"]
+
+
 class TrainRecipe(Options):
     steps: int = Field(100, ge=1, description="rollouts (online) or optimizer steps (offline)")
     batch_size: int = Field(64, ge=1, description="offline: rows per optimizer step")
     prompts_per_step: int = Field(16, ge=1, description="online: prompts per rollout")
     completions_per_prompt: int = Field(8, ge=1, description="online: group size G")
     updates_per_rollout: int = Field(1, ge=1, description="online: optimizer steps per rollout (mu)")
+    overlap: Literal["none", "one_step"] = Field(
+        "none",
+        description="online: one_step makes the next rollout before this step's update, with the weights before it, "
+        "so that neither has to wait for the other",
+    )
+    correction: Correction = Field(
+        "none",
+        description="online: weigh rollouts by the probability of their commits now over that when they were made, of "
+        "all tokens (sequence) or its geometric mean per token; costs a scoring pass over the rollout's states",
+    )
+    correction_cap: float = Field(2.0, ge=1.0, description="what weights of the correction are truncated to")
     micro_batch_views: int = Field(256, ge=1, description="views per forward and backward; never changes the result")
     micro_batch_tokens: int = Field(
         16384, ge=1, description="positions per forward and backward, padding included; never changes the result"
@@ -200,6 +215,7 @@ class Recipe(Options):
     reward: RewardRecipe = Field(RewardRecipe(), description="online: what completions are trained towards")
     groups: GroupRecipe = Field(GroupRecipe(), description="online: which groups of completions are trained on")
     decode: Decode = Decode()
+    rollout: RolloutRecipe = Field(RolloutRecipe(), description="online: who denoises; default: this process")
     train: TrainRecipe = TrainRecipe()
     reference: ReferenceRecipe = ReferenceRecipe()
     optimizer: OptimizerRecipe = OptimizerRecipe()

@@ -27,7 +27,7 @@ from dare.core.files import JsonLines, read_json, read_lines, write_json, write_
 from dare.core.options import Options
 from dare.core.rng import Key, stable_id
 from dare.core.text import Prompt
-from dare.evals.backend import Backend, Continuation, hash_file
+from dare.evals.backend import Backend, Continuation, continuations, hash_file, likelihood_key
 from dare.evals.benchmarks.base import Benchmark, Document, Method, Style
 from dare.evals.card import card_text, make_manifest
 from dare.evals.likelihood import Likelihood
@@ -138,7 +138,7 @@ def _prepare(backend: Backend, benchmark: Benchmark, settings: Settings) -> _Wor
     style = _pick_style(backend, settings)
     prompts = [benchmark.prompt(document, shots, style) for document in documents]
     key = Key(settings.seed).fold("evaluation", benchmark.name)
-    return _Work(benchmark, backend, settings, style, documents, prompts, _solved(shots), key)
+    return _Work(benchmark, backend, settings, style, documents, prompts, solved_examples(shots), key)
 
 
 def _pick_style(backend: Backend, settings: Settings) -> Style:
@@ -154,7 +154,7 @@ def _pick_style(backend: Backend, settings: Settings) -> Style:
     return "text"
 
 
-def _solved(shots: Sequence[Document]) -> str:
+def solved_examples(shots: Sequence[Document]) -> str:
     """Examples before a likelihood's context, each with its right choice."""
     right = [shot.requests[shot.gold_choice] for shot in shots if shot.gold_choice is not None]
     return "".join(f"{context}{text}\n\n" for context, text in right)
@@ -269,13 +269,12 @@ def _judge_completions(work: _Work, items: Sequence[tuple[int, int]]) -> list[Re
 
 def _judge_choices(work: _Work, items: Sequence[tuple[int, int]]) -> list[Record]:
     """The most probable choice: by log-likelihood (acc), and by log-likelihood per byte (acc_norm)."""
-    continuations = []
+    asked: list[Continuation] = []
     for index, _ in items:
         document = work.documents[index]
-        for context, text in document.requests:
-            prompt = Prompt(document.uid, text=work.solved + context)
-            continuations.append(Continuation(prompt, text, stable_id("likelihood", document.uid)))
-    values = iter(work.backend.log_likelihoods(continuations, work.settings.likelihood, work.key))
+        asked += continuations(document.requests, work.solved)
+    key = likelihood_key(work.settings.seed)
+    values = iter(work.backend.log_likelihoods(asked, work.settings.likelihood, key))
     records = []
     for index, sample in items:
         document = work.documents[index]

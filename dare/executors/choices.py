@@ -30,8 +30,10 @@ class Local:
     def create(self, recipe: Recipe, tokenizer: Any, *, needs_reference: bool, critic_lr: float | None) -> Engine:
         """The engine of a recipe: its checkpoint loaded, or its new model with keyed initial weights."""
         from dare.executors.local import LocalEngine
+        from dare.executors.remote import RemoteEngine
 
-        return LocalEngine.create(recipe, tokenizer, needs_reference=needs_reference, critic_lr=critic_lr)
+        engine = RemoteEngine if recipe.rollout.is_remote else LocalEngine
+        return engine.create(recipe, tokenizer, needs_reference=needs_reference, critic_lr=critic_lr)
 
 
 class VerlOptions(Options):
@@ -55,8 +57,9 @@ class Verl:
         self.options = options
 
     def check(self, recipe: Recipe) -> None:
-        """Raises DareError for what sharded weights do not have yet: adapters, 8-bit moments."""
-        wanted = {"lora": recipe.lora is not None, "optimizer.moments": recipe.optimizer.moments == "8bit"}
+        """Raises DareError for what cannot be cut into shards: blocks of quantised weights or moments."""
+        is_quantized = recipe.lora is not None and recipe.lora.quantize_base is not None
+        wanted = {"lora.quantize_base": is_quantized, "optimizer.moments": recipe.optimizer.moments == "8bit"}
         for key in (key for key, is_wanted in wanted.items() if is_wanted):
             raise DareError(
                 f"the verl executor has no {key}", where=key, fix=f"remove {key}, or use executor=local for it"

@@ -84,13 +84,17 @@ def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG_NAME).is_file() and not (folder / "config.json").is_file()
 
 
-def write_adapter(adapter: Adapter, directory: Path) -> None:
-    """Write the two files into an existing directory. The bytes depend on nothing but the adapter and its base."""
+def write_adapter(adapter: Adapter, directory: Path, dtype: torch.dtype | None = None) -> None:
+    """Write the two files into an existing directory, the matrices in `dtype` (None: that of the adapter).
+
+    The bytes depend on nothing but the adapter, its base and `dtype`.
+    """
     recipe, base = adapter.recipe, adapter.base
     tensors = {}
     for name, _, a_RI, b_OR in adapter.pairs():
         for side, tensor in (("A", a_RI), ("B", b_OR)):
-            tensors[f"base_model.model.{name}.lora_{side}.weight"] = tensor.detach().cpu().contiguous()
+            stored = tensor.detach().to(device="cpu", dtype=dtype)
+            tensors[f"base_model.model.{name}.lora_{side}.weight"] = stored.contiguous()
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": None,

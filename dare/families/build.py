@@ -15,7 +15,7 @@ from dare.families.adapter_files import is_adapter
 from dare.families.base import Family
 from dare.families.checkpoint import base_folder, checkpoint_spec, describe_base, load_checkpoint
 from dare.families.layers.quantized import require_bitsandbytes
-from dare.families.lora import add_adapter, merge_adapter
+from dare.families.lora import add_adapter, merge_adapter, outline_adapter
 from dare.families.weights import create_family, load_family, outline_family, resolve_checkpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # by their names in a recipe
@@ -59,11 +59,28 @@ def family_spec(recipe: ModelRecipe, tokenizer: Any) -> FamilySpec:
     return _create(recipe.create, tokenizer, Key(0)).spec
 
 
-def outline(recipe: ModelRecipe, tokenizer: Any) -> Family:
+def outline(recipe: ModelRecipe, tokenizer: Any, lora: LoraRecipe | None = None) -> Family:
     """The family that `build_family` would return, without a checkpoint's weights: it lays canvases out."""
-    if recipe.path is not None:
-        return outline_family(base_folder(resolve_checkpoint(recipe.path)))
-    return _create(recipe.create, tokenizer, Key(0))
+    if recipe.path is None:
+        return _create(recipe.create, tokenizer, Key(0))
+    family = outline_family(base_folder(resolve_checkpoint(recipe.path)))
+    if lora is not None:
+        outline_adapter(family, lora)
+    return family
+
+
+def outline_sizes(recipe: ModelRecipe, lora: LoraRecipe | None = None) -> Family:
+    """The family of a checkpoint as `outline` has it; the folder needs no weights and no tokenizer.
+
+    Raises DareError for a new model, whose vocabulary is that of a tokenizer which does not exist yet.
+    """
+    if recipe.path is None:
+        raise DareError(
+            "a model that does not exist yet has no sizes to plan with",
+            where="model.create",
+            fix="give a folder with a config.json as model.path",
+        )
+    return outline(recipe, None, lora)
 
 
 def pick_device(name: str) -> torch.device:

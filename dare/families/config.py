@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from dare.core.errors import DareError
+from dare.core.spec import BlockGrid
 
 Config = dict[str, Any]
 MAX_INTEGER, MAX_NUMBER, MAX_LAYERS = 2**31 - 1, 1e30, 1000  # beyond what any model has
@@ -147,6 +148,14 @@ class Fields:
         if not isinstance(value, bool):
             raise self._wrong(name, value, "true or false")
         return value
+
+    def block_grid(self) -> BlockGrid:
+        """Where the blocks of a block model count from; published configs have no such field and mean "sequence"."""
+        value = self._value("block_grid", "sequence")
+        if value not in get_args(BlockGrid):
+            raise self._wrong("block_grid", value, " or ".join(get_args(BlockGrid)))
+        grid: BlockGrid = value
+        return grid
 
     def token(self, name: str, vocab_size: int, default: int | None = None) -> int:
         """A token id below `vocab_size`."""

@@ -142,13 +142,17 @@ class Adapter:
     @contextmanager
     def off(self) -> Iterator[None]:
         """Inside, the network is its base, bit for bit: the reference policy."""
-        for _, layer in self.layers:
-            layer.enable_adapters(False)
+        self._switch(is_on=False)
         try:
             yield
         finally:
-            for _, layer in self.layers:
-                layer.enable_adapters(True)
+            self._switch(is_on=True)
+
+    def _switch(self, *, is_on: bool) -> None:
+        for _, layer in self.layers:
+            layer.enable_adapters(is_on)
+            for side in (layer.lora_A, layer.lora_B):  # peft freezes what is off, and a shard would stay frozen
+                side.requires_grad_(True)
 
     def target_modules(self) -> list[str]:
         """The targets as name endings, which mean the same modules to `peft`."""
@@ -168,16 +172,19 @@ def add_adapter(family: Family, recipe: LoraRecipe, key: Key, base: Base | None 
     Raises DareError for a target that no module of the family has.
     """
     _require_none(family)
-    names = list(_places(family.network))
-    if recipe.target_modules != "all-linear":
-        for target in recipe.target_modules:
-            if not any(_matches(name, (target,)) for name in names):
-                known = {name.rpartition(".")[2] for name in names}
-                raise unknown_name("target module", target, known, where="lora.target_modules")
-        names = [name for name in names if _matches(name, recipe.target_modules)]
-    family.adapter = Adapter(family.network, recipe, names, base)
+    family.adapter = Adapter(family.network, recipe, _wanted_names(family.network, recipe), base)
     family.adapter.reset(key)
     return family.adapter
+
+
+def outline_adapter(family: Family, recipe: LoraRecipe) -> None:
+    """Put an adapter without values on a family without weights, for what follows from sizes alone.
+
+    The base stays as it is stored, also where `recipe` quantises it. Raises DareError as `add_adapter` does.
+    """
+    _require_none(family)
+    plain = recipe.model_copy(update={"quantize_base": None})
+    family.adapter = Adapter(family.network, plain, _wanted_names(family.network, recipe))
 
 
 def restore_adapter(
@@ -212,6 +219,18 @@ def merge_adapter(family: Family) -> int:
     family.network.requires_grad_(True)
     family.adapter = None
     return num_changed
+
+
+def _wanted_names(network: Network, recipe: LoraRecipe) -> list[str]:
+    """Official names of the matrices that the recipe's targets mean. Raises DareError for a target without any."""
+    names = list(_places(network))
+    if recipe.target_modules == "all-linear":
+        return names
+    for target in recipe.target_modules:
+        if not any(_matches(name, (target,)) for name in names):
+            known = {name.rpartition(".")[2] for name in names}
+            raise unknown_name("target module", target, known, where="lora.target_modules")
+    return [name for name in names if _matches(name, recipe.target_modules)]
 
 
 def _require_none(family: Family) -> None:

@@ -24,6 +24,7 @@ from dare.families.adapter_files import load_adapter, write_adapter
 from dare.families.base import Family, FamilyType
 from dare.families.config import Config, ModelSizes
 from dare.families.hub import resolve_checkpoint as resolve_checkpoint
+from dare.families.lora import Adapter
 from dare.families.network import Network
 from dare.families.shards import WEIGHTS_NAME, Shards
 
@@ -88,27 +89,53 @@ def load_weights(family: Family, folder: Path) -> None:
 
 
 def filled_family(family: Family, tensors: Mapping[str, Tensor]) -> Family:
-    """A copy of `family` that holds `tensors`: whole parameters and buffers by name, taken as they are."""
-    where = "the config of a family in memory"
-    network = _build(find_family_type(family.config, where=where), family.config)
+    """A copy of `family` that holds `tensors`: whole parameters and buffers by name, taken as they are.
+
+    What `save_family` writes has to be among them: of a family with an adapter that is the adapter alone.
+    """
+    copied = _hollow(family)
     for name, tensor in tensors.items():
         prefix, _, leaf = name.rpartition(".")
-        owner = network.get_submodule(prefix)
+        owner = copied.network.get_submodule(prefix)
         is_parameter = leaf in owner._parameters
         setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
-    return Family(family.spec, network, family.config, family.generation_config, family.buffer_dtypes)
+    return copied
+
+
+def read_weights(family: Family, folder: Path) -> dict[str, Tensor]:
+    """What `load_weights` writes, whole, in float32 and on the CPU: parameters and buffers by name.
+
+    Of a family with an adapter that is the adapter alone. Raises DareError like `load_family`.
+    """
+    copied = _hollow(family)
+    network, adapter = copied.network, copied.adapter
+    for module in [network] if adapter is None else [side for _, x in adapter.layers for side in (x.lora_A, x.lora_B)]:
+        module.to_empty(device="cpu")
+    load_weights(copied, folder)
+    found = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    return {name: tensor.detach() for name, tensor in found.items() if not tensor.is_meta}
+
+
+def _hollow(family: Family) -> Family:
+    """The family without weights, with its adapter if it has one; on the meta device."""
+    network = _build(find_family_type(family.config, where="the config of a family in memory"), family.config)
+    code = family.code_files
+    copied = Family(family.spec, network, family.config, family.generation_config, family.buffer_dtypes, code)
+    if family.adapter is not None:
+        copied.adapter = Adapter(network, family.adapter.recipe, family.adapter.names, family.adapter.base)
+    return copied
 
 
 def save_family(family: Family, directory: Path, dtype: torch.dtype | None = None) -> None:
     """Write config.json, model.safetensors and, if there are any, generation_config.json and code into `directory`.
 
-    A family with an adapter is saved as its adapter alone, in the format of `peft` and the dtype it has.
+    A family with an adapter is saved as its adapter alone, in the format of `peft`.
     Names are the official ones, a tied head is not stored, fields of the config that were not touched are kept.
     Buffers are stored as the checkpoint had them, or in float32. The bytes depend on nothing but the weights, the
     config and `dtype` (None: the family's). Raises DareError if the weights cannot be written.
     """
     if family.adapter is not None:
-        write_adapter(family.adapter, directory)
+        write_adapter(family.adapter, directory, dtype)
         return
     stored = dtype or family.dtype
     buffers = dict(family.network.named_buffers())

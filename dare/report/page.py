@@ -138,9 +138,12 @@ def _samples_note(run: RunData, num: int) -> str:
     if not num:
         return ""
     step = run.samples[-1]["step"]
-    if any(sample.get("split", "eval") == "eval" for sample in run.samples):
-        return f"The first {num} held-out problems of the last evaluation."
-    return f"{num} rollouts of step {step}."
+    splits = {sample.get("split", "eval") for sample in run.samples}
+    if "eval" in splits:
+        return f"The first {num} held-out problems of the last evaluation. Nothing is selected by its reward."
+    if "shown" in splits:
+        return f"Rows of the data, decoded at step {step} to look at; nothing judges them."
+    return f"{num} rollouts of step {step}. Nothing is selected by its reward."
 
 
 def _origin(run: RunData) -> str:

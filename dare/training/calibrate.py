@@ -16,7 +16,9 @@ from dare.training.live_bytes import LiveBytes
 from dare.training.optim import Optimizer
 from dare.training.plan import StepCost, gradient_bytes, optimizer_bytes, weight_bytes
 
-_SHORT = 2  # layers of the shorter network: by the second one, layers of every kind that repeats are there
+# Layers of the shorter network: the last one computes less than the others, and by the second one before it, layers of
+# every kind that repeats are there.
+_SHORT = 3
 _REPEATS = 2
 
 
@@ -43,7 +45,7 @@ def calibrate(
 
     outline     the family on the meta device; its first layers are made on `device`
     num_tokens  positions of all micro-batches; seconds grow with them
-    Layers from the third on are taken to cost the same. Time is wall time, the best of two runs.
+    Layers from the third on, but for the last one, are taken to cost the same. Time is wall time, the best of two runs.
     """
     total = outline.network.num_layers
     if total <= _SHORT + 1:
@@ -70,7 +72,8 @@ def _measure(
     factor_RS = torch.where(views.is_target_RS, -1e-3, 0.0)
 
     def update() -> None:
-        hidden_RTD = family.view_hidden(views, canvas, is_packed=recipe.train.pack_length is not None)
+        is_packed = recipe.train.pack_length is not None
+        hidden_RTD = family.view_hidden(views, canvas, is_packed=is_packed, is_read_RS=views.is_target_RS)
         total, _ = family.target_total(hidden_RTD, views, factor_RS)
         total.backward()  # type: ignore[no-untyped-call]
 

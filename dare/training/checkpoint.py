@@ -3,6 +3,7 @@
     checkpoints/step-000100/        the newest few; `best/` beside them is that of the lowest validation loss
       config.json  model.safetensors  tokenizer files
       trainer/optimizer.safetensors   moments, step count, fp32 masters of low-precision weights
+      trainer/ahead.safetensors       the next rollout, of a run that makes it a step ahead
       trainer/state.json              step, seed, byte length of every log, size of every file here
 
 Randomness and the position in the data are functions of (seed, step), so the step is all there is to store.
@@ -11,6 +12,7 @@ Randomness and the position in the data are functions of (seed, step), so the st
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,20 +52,38 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def save_checkpoint(directory: Path, engine: Engine, tokenizer: Any, state: TrainerState, keep_last: int) -> Path:
+def save_checkpoint(
+    directory: Path,
+    engine: Engine,
+    tokenizer: Any,
+    state: TrainerState,
+    keep_last: int,
+    write_more: Callable[[Path], None] | None = None,
+) -> Path:
     """Write `directory/step-NNNNNN` atomically, then delete all but the newest `keep_last` checkpoints."""
     target = directory / checkpoint_name(state.step)
-    write_checkpoint(target, engine, tokenizer, state)
+    write_checkpoint(target, engine, tokenizer, state, write_more)
     for old in list_checkpoints(directory)[:-keep_last]:
         shutil.rmtree(old)
     return target
 
 
-def write_checkpoint(target: Path, engine: Engine, tokenizer: Any, state: TrainerState) -> None:
-    """Write one checkpoint atomically; one that was there stays until the new one is whole."""
+def write_checkpoint(
+    target: Path,
+    engine: Engine,
+    tokenizer: Any,
+    state: TrainerState,
+    write_more: Callable[[Path], None] | None = None,
+) -> None:
+    """Write one checkpoint atomically; one that was there stays until the new one is whole.
+
+    write_more  adds files to the folder that it is given, before sizes are taken
+    """
     with whole_directory(target) as temporary:
         (temporary / "trainer").mkdir()
         engine.save(temporary)
+        if write_more is not None:
+            write_more(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         sizes = {str(p.relative_to(temporary)): p.stat().st_size for p in sorted(temporary.rglob("*")) if p.is_file()}

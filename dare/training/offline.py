@@ -17,6 +17,7 @@ from dare.data.order import Stream, batch_at
 from dare.data.rows import EncodedRow, Example, LabelledRow, PreferencePair
 from dare.diffusion.trace import to_completions
 from dare.families.tokenizer import decode as decode_text
+from dare.families.tokenizer import token_piece
 from dare.tasks.base import Task
 from dare.training.online import evaluate_held_out
 from dare.training.reference import ReferenceStore, check_store, score_missing
@@ -138,7 +139,7 @@ def _show_completions(session: Session, engine: Engine, rows: Sequence[EncodedRo
                 "reference": decode_text(tokenizer, row.completion_ids),
                 "finish": completion.finish,
                 "nfe": completion.nfe,
-                "tokens": tokenizer.convert_ids_to_tokens(completion.tokens),
+                "tokens": [token_piece(tokenizer, token) for token in completion.tokens],
                 "step_map": completion.step_map,
                 "logp": [round(value, 4) for value in completion.logp],
             }

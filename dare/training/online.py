@@ -31,6 +31,8 @@ from dare.rewards.mix import RewardMix
 from dare.rollout.stats import rollout_stats
 from dare.rollout.trace_file import NUM_ALTERNATIVES, save_trace
 from dare.tasks.base import Task
+from dare.training.ahead import Rollouts
+from dare.training.correction import corrected
 from dare.training.groups import kept_groups, select_groups
 from dare.training.session import Session
 from dare.training.update import plan_iterations, update
@@ -42,39 +44,33 @@ def run_online(session: Session, engine: Engine, algorithm: Algorithm[Any], task
     """Train on rewards from `session.first_step` to the end, evaluating, logging and saving on the way."""
     recipe, key = session.recipe, Key(session.recipe.seed)
     mix = reward_mix(recipe, task)
+    rollouts = _rollouts(session, engine, algorithm, task, tokenizer, key)
     if session.first_step == 0 and recipe.evaluation.at_start:
         evaluate_held_out(session, engine, task, tokenizer, step=0)
     for step in session.steps():
         distinct = _prompts_of_step(recipe, task, step, key)
         prompts = _repeated(distinct, recipe.train.completions_per_prompt)
         with session.phase("rollout"):
-            encoded = [encode_prompt(tokenizer, prompt) for prompt in distinct]
-            ids = _repeated(encoded, recipe.train.completions_per_prompt)
-            sample_ids = [stable_id(prompt.uid, row) for row, prompt in enumerate(prompts)]
-            trace = engine.generate(
-                ids,
-                recipe.decode,
-                key.fold("rollout", step),
-                sample_ids,
-                session.advance,
-                has_drafts="drafts" in algorithm.needs,
-                branching=algorithm.branching(recipe.train.completions_per_prompt),
-            )
+            rollout = rollouts.take(step)
+            trace = rollout.trace
         with session.phase("reward"):
             scored = score_trace(task, prompts, trace, tokenizer)
             if trace.drafts is not None:
                 trace = replace(trace, drafts=judge_drafts(trace.drafts, trace, task, prompts, tokenizer, mix))
-            rollouts = build_samples(algorithm, trace, scored, recipe.train.completions_per_prompt, mix)
-            rollouts = replace(rollouts, progress=(step - 1) / recipe.train.steps)
-            samples = trained_samples(recipe, rollouts, scored)
+            everything = build_samples(algorithm, trace, scored, recipe.train.completions_per_prompt, mix)
+            everything = replace(everything, progress=(step - 1) / recipe.train.steps)
+            samples = trained_samples(recipe, everything, scored)
         with session.phase("update"):
+            samples, weights = corrected(engine, samples, recipe.train.correction, recipe.train.correction_cap)
             num = recipe.train.updates_per_rollout if samples.canvas.batch_size else 0
             iterations = plan_iterations(engine, algorithm, samples, key.fold("views", step), num)
             updates = [update(engine, algorithm, samples, iteration) for iteration in iterations]
             engine.publish()
-        metrics = {**rollout_metrics(trace, scored, rollouts), **_mean(updates)}
+        metrics = {**rollout_metrics(trace, scored, everything), **_mean(updates), **weights}
+        if recipe.train.overlap != "none":
+            metrics["staleness"] = float(rollout.staleness)
         if not mix.is_plain:
-            metrics["trained_reward"] = _mean_trained_reward(rollouts)
+            metrics["trained_reward"] = _mean_trained_reward(everything)
         if recipe.groups.is_filtering:
             metrics["kept_groups"] = len(set(samples.group_B.tolist())) / len(distinct)
         if updates and step == session.first_step + 1 and "mismatch_kl" not in metrics:
@@ -89,6 +85,33 @@ def run_online(session: Session, engine: Engine, algorithm: Algorithm[Any], task
             evaluate_held_out(session, engine, task, tokenizer, step)
         if session.is_due(recipe.checkpoint.every, step):
             session.save(step, engine, tokenizer)
+
+
+def _rollouts(
+    session: Session, engine: Engine, algorithm: Algorithm[Any], task: Task[Any], tokenizer: Any, key: Key
+) -> Rollouts:
+    """The run's rollouts, from where its checkpoint left them."""
+    recipe = session.recipe
+    num = recipe.train.completions_per_prompt
+
+    def generate(step: int) -> TraceBatch:
+        distinct = _prompts_of_step(recipe, task, step, key)
+        sample_ids = [stable_id(prompt.uid, row) for row, prompt in enumerate(_repeated(distinct, num))]
+        return engine.generate(
+            _repeated([encode_prompt(tokenizer, prompt) for prompt in distinct], num),
+            recipe.decode,
+            key.fold("rollout", step),
+            sample_ids,
+            session.advance,
+            has_drafts="drafts" in algorithm.needs,
+            branching=algorithm.branching(num),
+        )
+
+    rollouts = Rollouts(generate, is_ahead=recipe.train.overlap == "one_step")
+    if session.resumed_from is not None:
+        rollouts.load(session.resumed_from)
+    session.write_more = rollouts.save
+    return rollouts
 
 
 def build_samples(
@@ -115,9 +138,9 @@ def build_samples(
         advantage_B=advantage_B,
         group_B=group_B,
         mask_id=trace.mask_id,
-        step_map_BS=trace.step_map_BS,
+        step_map_BS=None if "steps" in trace.missing else trace.step_map_BS,
         is_rewritten=trace.edits is not None or trace.decode.get("remask", "none") != "none",
-        rollout_logp_BS=trace.logp_BS,
+        rollout_logp_BS=None if "logp" in trace.missing else trace.logp_BS,
         rollout_temperature=trace.temperature or 1.0,
         eos_ids=trace.eos_ids,
         reward_B=reward_B,

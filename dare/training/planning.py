@@ -75,7 +75,7 @@ def plan_run(recipe: Recipe) -> RunPlan:
     tally = Tally()
     sources = text_sources(recipe, task, tally, has_pairs=has_pairs) if algorithm.kind == "offline" else []
     tokenizer = model_tokenizer(recipe, task, sources)
-    family = outline(recipe.model, tokenizer).to(DTYPES[recipe.model.dtype], torch.device("meta"))
+    family = outline(recipe.model, tokenizer, recipe.lora).to(DTYPES[recipe.model.dtype], torch.device("meta"))
     engine = _Outline(family)
     algorithm = algorithm.adapted(family.spec)
     if sources:
@@ -166,7 +166,7 @@ def _result(recipe: Recipe, algorithm: Algorithm[Any], family: Family, step: _St
         cost,
         num_micro_batches=len(step.parts),
         rollout=rollout,
-        has_reference=algorithm.needs_reference and recipe.reference.mode == "live",
+        has_reference=algorithm.needs_reference and recipe.reference.mode == "live" and family.adapter is None,
         has_critic=algorithm.critic_lr is not None,
         process=process,
     )

@@ -22,7 +22,17 @@ Resume = Literal["never", "newest", "auto"]
 _DAMAGED = "damaged-"
 
 _FREE_IN_TRAIN = ("steps", "micro_batch_views", "micro_batch_tokens", "pack_length", "recompute", "step_timeout_s")
-_MAY_CHANGE = (("executor",), ("log",), ("checkpoint",), *(("train", key) for key in _FREE_IN_TRAIN))
+_FREE_IN_ROLLOUT = (
+    *("urls", "api_key_env", "weights_dir", "concurrency"),
+    *("timeout_s", "deadline_s", "retries", "backoff_s", "max_gap"),
+)
+_MAY_CHANGE = (
+    ("executor",),
+    ("log",),
+    ("checkpoint",),
+    *(("train", key) for key in _FREE_IN_TRAIN),
+    *(("rollout", key) for key in _FREE_IN_ROLLOUT),
+)
 
 
 @dataclass(frozen=True)

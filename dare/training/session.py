@@ -16,8 +16,9 @@ import os
 import platform
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -57,6 +58,7 @@ class Session:
     """Opened once per process; `first_step` steps were already done by earlier processes.
 
     `done_step` is the step whose end weights and logs stand at: there a stop loses nothing. None in between.
+    `write_more(folder, step)`, if a loop sets it, adds what the loop has to keep to each checkpoint.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class Session:
         self.reporter = reporter
         self.checkpoints = run_dir / "checkpoints"
         self.place = "start"
+        self.write_more: Callable[..., None] | None = None
         self._running_step = 0
         self._stop = stop
         self._open = ExitStack()
@@ -211,7 +214,8 @@ class Session:
     def save(self, step: int, engine: Engine, tokenizer: Any) -> Path:
         self.enter("save")
         state, keep_last = self._state(step), self.recipe.checkpoint.keep_last
-        path = save_checkpoint(self.checkpoints, engine, tokenizer, state, keep_last)
+        more = None if self.write_more is None else partial(self.write_more, step=step)
+        path = save_checkpoint(self.checkpoints, engine, tokenizer, state, keep_last, more)
         self._saved_step = step
         return path
 

@@ -17,12 +17,14 @@ from dare.core.rng import Key
 from dare.diffusion import corrupt
 from dare.families.base import Family
 from dare.families.layers.attention import KVCache
+from dare.families.tokenizer import char_tokenizer
 from dare.families.weights import create_family, load_family, outline_family, save_family
 from dare.training import plan
 from dare.training.calibrate import calibrate
 from dare.training.live_bytes import LiveBytes
 from dare.training.optim import Optimizer
 from dare.training.planning import plan_run
+from tests.conftest import save_checkpoint
 from tests.numerics.test_recompute import recipe, samples_of
 
 LENGTHS = [(6, 26)] * 6
@@ -77,7 +79,7 @@ def test_low_precision_weights_have_masters() -> None:
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_deep_network_costs_what_is_predicted_from_a_shallow_one(name: str, recompute: str, tmp_path: Path) -> None:
-    """Every tensor of one forward and backward of seven layers, counted, against the calibration on two and three."""
+    """Every tensor of one forward and backward of seven layers, counted, against the calibration on three and four."""
     family = deep_family(name, 7)
     save_family(family, tmp_path)
     samples = samples_of(family, LENGTHS)
@@ -89,7 +91,7 @@ def test_a_deep_network_costs_what_is_predicted_from_a_shallow_one(name: str, re
     for parameter in family.network.parameters():
         parameter.grad = torch.zeros_like(parameter)
     with LiveBytes() as count:
-        hidden_RTD = family.view_hidden(views, canvas)
+        hidden_RTD = family.view_hidden(views, canvas, is_read_RS=views.is_target_RS)
         total, _ = family.target_total(hidden_RTD, views, torch.where(views.is_target_RS, -1e-3, 0.0))
         total.backward()
     # A mixture's activations follow the routing, which differs from layer to layer.
@@ -143,6 +145,15 @@ def test_a_rollout_has_a_cache_and_a_reference_policy_weights() -> None:
     found = plan_run(tiny_recipe("espo"))
     assert found.memory.rollout > 0
     assert found.memory.reference == found.memory.weights
+
+
+def test_an_adapter_alone_is_trained_and_its_base_the_reference(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "base", "sdar", char_tokenizer("0123456789+-="))
+    changes = {"model": {"path": str(tmp_path / "base")}, "lora": {"rank": 2, "target_modules": ["q_proj"]}}
+    found = plan_run(tiny_recipe("espo", **changes))
+    assert found.num_trained == 2 * 2 * (32 + 32)  # two layers
+    assert found.memory.gradients == found.num_trained * 4
+    assert found.memory.reference == 0
 
 
 def test_the_command_prints_parts_or_json(tmp_path: Path) -> None:

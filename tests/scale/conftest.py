@@ -18,6 +18,7 @@ def cluster() -> Iterator[None]:
     ray = pytest.importorskip("ray", reason="needs the extra dare-dllm[verl]")
     pytest.importorskip("verl", reason="needs the extra dare-dllm[verl]")
     os.environ.setdefault("VERL_PLATFORM", "cpu")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves workers on a busy machine
     environment = {"VERL_PLATFORM": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     ray.init(
         num_cpus=8,

@@ -35,13 +35,14 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: save_checkpoint(root / name, name, char_tokenizer(ALPHABET)) for name in ("llada", "sdar_moe")}
 
 
-def recipe_of(checkpoint: Path, algorithm: Any, executor: Any = "local", **train: Any) -> Recipe:
-    is_online = algorithm != "sft"
+def recipe_of(checkpoint: Path, algorithm: Any, executor: Any = "local", lora: Any = None, **train: Any) -> Recipe:
+    is_online = algorithm not in ("sft", "dpo", "vrpo")
     data = {
         "name": "scale",
         "seed": 5,
         "executor": executor,
         "model": {"path": str(checkpoint)},
+        "lora": lora,
         "algorithm": algorithm,
         "task": {"name": "tests.even_digits:EvenDigits", "train_size": 40, "eval_size": 8},
         "decode": {"gen_length": 8, "block_length": 4, "temperature": 1.0 if is_online else 0.0, "unmask": "max_prob"},
@@ -123,6 +124,7 @@ def test_rollouts_and_all_that_they_record(pair: tuple[Engine, Engine]) -> None:
 def samples_of(engine: Engine, algorithm: Algorithm[Any]) -> Samples:
     trace = rollout(engine, has_drafts="drafts" in algorithm.needs, branching=algorithm.branching(4))
     advantage_B = torch.tensor([1.0, -0.5, 0.25, -0.75] * 3)
+    is_pairs = algorithm.row_kind == "pairs"
     if trace.drafts is not None:
         trace.drafts.reward_D = (trace.drafts.draft_DS.sum(-1) % 5).float()
     return Samples(
@@ -130,12 +132,12 @@ def samples_of(engine: Engine, algorithm: Algorithm[Any]) -> Samples:
         is_scored_BS=trace.canvas.is_completion_BS.clone(),
         sample_id_B=trace.sample_id_B,
         advantage_B=advantage_B,
-        group_B=torch.arange(12) // 4,
+        group_B=torch.arange(12) // (2 if is_pairs else 4),
         mask_id=trace.mask_id,
         step_map_BS=trace.step_map_BS,
         rollout_logp_BS=trace.logp_BS,
         eos_ids=trace.eos_ids,
-        reward_B=advantage_B,
+        reward_B=torch.tensor([1.0, 0.0] * 6) if is_pairs else advantage_B,
         drafts=trace.drafts,
         tree=trace.tree,
         progress=0.5,
@@ -152,9 +154,14 @@ def trained(engine: Engine, algorithm: Algorithm[Any], folder: Path) -> tuple[li
     return metrics, {path.name: load_file(path) for path in sorted(folder.rglob("*.safetensors"))}
 
 
-@pytest.mark.parametrize("algorithm", ["sft", "d1", "tracerl_value", "mdpo", "dtreerpo"])
+@pytest.mark.parametrize("algorithm", ["sft", "vrpo", "d1", "tracerl_value", "mdpo", "dtreerpo"])
 def test_updates_and_checkpoints(pair: tuple[Engine, Engine], algorithm: str, tmp_path: Path) -> None:
     """Starting from one checkpoint, which both engines load again before each algorithm."""
+    check_updates(pair, algorithm, tmp_path, num_files=4)
+
+
+def check_updates(pair: tuple[Engine, Engine], algorithm: Any, tmp_path: Path, num_files: int) -> None:
+    """Two updates of both engines from the same weights give the same metrics and the same checkpoints."""
     start = tmp_path / "start"
     (start / "trainer").mkdir(parents=True)
     pair[0].save(start)
@@ -171,7 +178,7 @@ def test_updates_and_checkpoints(pair: tuple[Engine, Engine], algorithm: str, tm
         assert found == pytest.approx(expected, rel=2e-4, abs=1e-5)
         assert expected["grad_norm"] > 0
     assert files.keys() == local_files.keys()
-    assert len(files) == 4
+    assert len(files) == num_files
     for name, tensors in local_files.items():
         assert files[name].keys() == tensors.keys()
         for key, tensor in tensors.items():

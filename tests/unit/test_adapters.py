@@ -58,11 +58,18 @@ def test_an_adapter_needs_a_checkpoint_under_it() -> None:
     check(parse_recipe(recipe_data(), where="test"))
 
 
-@pytest.mark.parametrize(("key", "value"), [("lora", {}), ("optimizer", {"moments": "8bit"})])
-def test_sharded_weights_have_no_adapters_yet(key: str, value: dict[str, Any]) -> None:
-    data = recipe_data(**{"lora": None, key: value})
+@pytest.mark.parametrize(
+    ("key", "value", "where"),
+    [
+        ("lora", {"quantize_base": "4bit"}, "lora.quantize_base"),
+        ("optimizer", {"moments": "8bit"}, "optimizer.moments"),
+    ],
+)
+def test_blocks_of_numbers_are_not_cut_into_shards(key: str, value: dict[str, Any], where: str) -> None:
+    data = recipe_data(**{"lora": {}, key: value})
     check(parse_recipe(data, where="test"))
-    with pytest.raises(DareError, match=rf"the verl executor has no {key}.*\n.*\n  fix: remove {key}"):
+    check(parse_recipe({**data, key: {}, "executor": "verl"}, where="test"))
+    with pytest.raises(DareError, match=rf"the verl executor has no {where}.*\n.*\n  fix: remove {where}"):
         check(parse_recipe({**data, "executor": "verl"}, where="test"))
 
 

@@ -11,9 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dare.report.build import live_page
 from dare.report.comparison import compare, difference
 from dare.report.curves import Chart, Series, charts
 from dare.report.drawing import HEIGHT, WIDTH, draw, ticks
+from dare.report.markdown import render_markdown
 from dare.report.run_data import RunData, earlier_stage, load_run
 from dare.report.samples import orders, pairs
 from tests.unit.report_runs import evaluation, sample, write_lines, write_run, write_sft
@@ -132,3 +134,48 @@ def test_pairs_are_joined_by_problem_and_not_selected() -> None:
     assert [pair.before and pair.before["completion"] for pair in found] == ["before 0", None]
     assert [pair.after["completion"] for pair in pairs(rollouts, 5)] == ["rollout"]
     assert pairs([], 5) == []
+
+
+def test_rows_that_nobody_judges_are_shown_with_their_answers(tmp_path: Path) -> None:
+    """A fine-tuning run on data has completions to look at, but no reward: nothing about them is damaged."""
+    run = write_sft(tmp_path / "run")
+    for step in (20, 40):
+        record = {"step": step, "split": "shown", "uid": "a", "prompt": "2+2=", "completion": f"at {step}\nor so"}
+        with (run / "samples.jsonl").open("a") as file:
+            file.write(json.dumps({**record, "reference": "4", "tokens": ["at"], "step_map": [0]}) + "\n")
+    data = load_run(run)
+    assert data.unread == []
+    (pair,) = pairs(data.samples, 5)
+    assert pair.before is not None
+    assert (pair.before["step"], pair.after["step"]) == (20, 40)
+    page = live_page(run)
+    assert "at 40\nor so" in page
+    assert "in the data: <code>4</code>" in page
+    assert "solved</span>" not in page
+    assert "| ` 2+2= ` | ` at 40⏎or so ` | – | – |" in render_markdown(data, compare(data, None))
+
+
+@pytest.mark.parametrize(
+    ("written_by", "is_newer"), [("99.1", True), ("0.0.9", False), ("0.1.0.dev3", False), ("", False)]
+)
+def test_a_newer_run_is_called_newer(tmp_path: Path, written_by: str, is_newer: bool) -> None:
+    run = write_run(tmp_path / "run")
+    info = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(info | {"versions": {"dare-dllm": written_by}}))
+    notes = [note for note in load_run(run).missing if "newer" in note]
+    assert len(notes) == is_newer
+    assert all(written_by in note for note in notes)
+
+
+def test_curves_in_an_order_have_a_colour_each(tmp_path: Path) -> None:
+    run = write_sft(tmp_path / "run")
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    levels = {f"nll_at/{low}-{low + 20}": 0.1 + low / 100 for low in range(0, 100, 20)}
+    write_lines(run / "metrics.jsonl", [record | levels for record in records])
+    (chart,) = (chart for chart in charts(load_run(run)) if "noise" in chart.title)
+    drawing = draw(chart)
+    assert [stroke.label for stroke in drawing.strokes] == [f"{low}-{low + 20} %" for low in range(0, 100, 20)]
+    assert len({stroke.tone for stroke in drawing.strokes}) == 5
+    assert drawing.latest == ""
+    page = live_page(run)
+    assert all(f".{stroke.tone} {{" in page for stroke in drawing.strokes)  # every tone has a colour

@@ -222,6 +222,7 @@ def test_report_of_a_study(tmp_path: Path) -> None:
     page = Page((report / "index.html").read_text())
     assert not {"script", "link", "img", "iframe"} & set(page.tags)
     assert "6 of 6 runs" in page.text
+    assert "<span>25</span><span>50%</span>" in (report / "index.html").read_text()  # an axis just above the intervals
     assert "cj_grpo solves most, 47.5%" in page.text
     assert "cj_grpo solves more than espo: +15.0 points" in page.text
 
@@ -241,6 +242,7 @@ def test_missing_runs_are_listed_and_the_rest_is_shown(tmp_path: Path) -> None:
     assert "2 of 6 runs" in text
     assert "4 of 6 runs are missing" in text
     assert "cj_grpo, seed 2: running at step 10 of 10" in text
+    assert "espo, seeds 0, 1 and 2: not run yet" in text
 
 
 def test_a_study_without_any_run_still_has_a_page(tmp_path: Path) -> None:
@@ -269,3 +271,6 @@ def test_ranks_over_panels(tmp_path: Path) -> None:
     tables = summarize(plan, results)
     assert [table.panel for table in tables] == [Panel("llada", "chain_sum"), Panel("llada", "countdown")]
     assert {name: places for name, places, _ in overall(tables)} == {"cj_grpo": [1.0, 2.0], "espo": [2.0, 1.0]}
+    page = (build_study_report(plan, cells, tmp_path) / "index.html").read_text()
+    assert page.count('<b>30.0%</b><span class="rank">1</span>') == 2
+    assert page.count('20.0%<span class="rank">2</span>') == 2

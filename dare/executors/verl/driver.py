@@ -55,7 +55,7 @@ class VerlEngine:
         from dare.executors.verl.workers import start
 
         workers = start(recipe, tokenizer, options, needs_reference=needs_reference, critic_lr=critic_lr)
-        return cls(outline(recipe.model, tokenizer), workers, recipe.train.micro_batch_views)
+        return cls(outline(recipe.model, tokenizer, recipe.lora), workers, recipe.train.micro_batch_views)
 
     @property
     def spec(self) -> FamilySpec:

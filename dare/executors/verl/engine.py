@@ -26,7 +26,7 @@ from dare.executors.verl.model import MODEL_TYPE, DiffusionModel
 from dare.executors.verl.split import Shard
 from dare.families.build import DTYPES, build_family
 from dare.families.layers.moe import ExpertLoad
-from dare.families.weights import filled_family, load_family, save_family
+from dare.families.weights import filled_family, read_weights, save_family
 from dare.training.optim import Optimizer
 
 
@@ -40,7 +40,7 @@ class DiffusionFSDPEngine(FSDPEngine):  # type: ignore[misc]
         """Build, shard and hand over to the optimizers. Every process loads the checkpoint on its CPU."""
         model: DiffusionModel = self.model_config
         recipe, options = model.recipe, model.options
-        on_cpu = recipe.model.model_copy(update={"dtype": "float32", "device": "cpu"})
+        on_cpu = recipe.model.model_copy(update={"device": "cpu"})
         self.shard = shards.sharder(
             self.device_mesh,
             DTYPES[recipe.model.dtype],
@@ -49,7 +49,7 @@ class DiffusionFSDPEngine(FSDPEngine):  # type: ignore[misc]
         )
         self.local = LocalEngine(
             recipe,
-            build_family(on_cpu, model.tokenizer, Key(recipe.seed)),
+            build_family(on_cpu, model.tokenizer, Key(recipe.seed), recipe.lora),
             num_updates=recipe.train.steps * recipe.train.updates_per_rollout,
             needs_reference=model.needs_reference,
             critic_lr=model.critic_lr,
@@ -127,7 +127,8 @@ class DiffusionFSDPEngine(FSDPEngine):  # type: ignore[misc]
         """One checkpoint of whole tensors, the one that a single process would write; the first process writes it."""
         is_first = dist.get_rank() == 0
         family, stored = self.local.family, DTYPES[self.model_config.recipe.model.dtype]
-        weights = shards.whole(_tensors(family.network), is_kept=is_first)
+        own = self.local.optimizer.parameters if family.adapter is not None else _tensors(family.network)
+        weights = shards.whole(own, is_kept=is_first)
         optimizer = shards.whole(self.local.optimizer.state(), is_kept=is_first)
         if stored != torch.float32 and is_first:  # then the weights alone would not do
             optimizer |= {f"master/{name}": weights[name] for name in self.local.optimizer.masters}
@@ -144,12 +145,13 @@ class DiffusionFSDPEngine(FSDPEngine):  # type: ignore[misc]
     def load(self, directory: Path) -> None:
         """Read what `save` of any number of processes wrote."""
         optimizer = read_tensors(directory, "optimizer")
-        loaded = _tensors(load_family(directory, torch.float32, "cpu").network)
+        loaded = read_weights(self.local.family, directory)
         masters = {name.removeprefix("master/"): t for name, t in optimizer.items() if name.startswith("master/")}
         self._restore(self.local.optimizer, {**loaded, **masters}, optimizer)
         with torch.no_grad():
             for name, buffer in self.module.named_buffers():
-                buffer.copy_(loaded[name])
+                if name in loaded:
+                    buffer.copy_(loaded[name])
         if self.local.critic is not None:
             weights = read_tensors(directory, "critic")
             self._restore(self.local.critic_optimizer, weights, read_tensors(directory, "critic_optimizer"))

@@ -18,11 +18,11 @@ from dare.families.network import Network
 def sharder(
     mesh: DeviceMesh, compute_dtype: torch.dtype, *, reshard_after_forward: bool, cpu_offload: bool
 ) -> Callable[[Network], None]:
-    """A function that shards a float32 network in place, a layer at a time.
+    """A function that shards a network in place, a layer at a time.
 
-    The shards stay in float32 and are the optimizer's masters; layers compute in `compute_dtype` and gradients are
-    summed in float32. What is outside the layers (embedding, last norm, head) stays gathered from its forward to its
-    backward, because the head is applied outside of the network's own forward.
+    Trained shards are float32 and the optimizer's masters, frozen ones are as they are computed with. Layers compute in
+    `compute_dtype` and gradients are summed in float32. What is outside the layers (embedding, last norm, head) stays
+    gathered from its forward to its backward, because the head is applied outside of the network's own forward.
     """
     # Inputs are not cast: the embedding already gives the compute dtype, and rotations stay in float32.
     precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -30,6 +30,8 @@ def sharder(
     cut = partial(fully_shard, mesh=mesh, mp_policy=precision, offload_policy=offload)
 
     def shard(network: Network) -> None:
+        for parameter in network.parameters():
+            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else compute_dtype)
         for layer in network.layers:
             cut(layer, reshard_after_forward=reshard_after_forward)
         cut(network, reshard_after_forward=False)

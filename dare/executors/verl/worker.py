@@ -30,11 +30,20 @@ _each: Callable[[Verb], Verb] = register(dispatch_mode=Dispatch.ALL_TO_ALL, bloc
 
 
 class DiffusionWorker(TrainingWorker):  # type: ignore[misc]
-    """Verbs of `core.engine.Engine`; `reset` of the base class builds the model."""
+    """Verbs of `core.engine.Engine`, after `build`."""
 
     def __init__(self, config: Any) -> None:
         _join_group()
         super().__init__(config)
+
+    @_each
+    def build(self) -> DareError | None:
+        """See `DiffusionFSDPEngine.initialize`. A user's mistake comes back as a value, which keeps its fields."""
+        try:
+            self.engine.initialize()
+        except DareError as error:
+            return error
+        return None
 
     @_each
     def generate(
@@ -47,7 +56,7 @@ class DiffusionWorker(TrainingWorker):  # type: ignore[misc]
         branching: tuple[int, ...],
         num_alternatives: int,
     ) -> TraceBatch | DareError | None:
-        """See `DiffusionFSDPEngine.generate`. A user's mistake comes back as a value, which keeps its fields."""
+        """See `DiffusionFSDPEngine.generate`."""
         try:
             found: TraceBatch | None = self.engine.generate(
                 prompts, decode, key, sample_ids, has_drafts, branching, num_alternatives

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +18,7 @@ from dare.core.recipe import Recipe
 from dare.executors.choices import VerlOptions
 
 _PLATFORM = "VERL_PLATFORM"
+_START_S = 900.0  # longest that workers may take to load the model, beside `timeout_s`, seconds
 _ROOM_S = 60.0  # how long to wait for places that others are giving back, seconds
 
 
@@ -78,7 +81,7 @@ class _InProcess:
         from dare.executors.verl.worker import DiffusionWorker
 
         self.worker = DiffusionWorker(config)
-        self.worker.reset()
+        self.each("build")
 
     def each(self, verb: str, *arguments: list[Any]) -> list[Any]:
         call: Callable[..., Any] = getattr(self.worker, verb)
@@ -98,38 +101,35 @@ class _OnRay:
 
         from dare.executors.verl.worker import DiffusionWorker
 
-        self.num, self.timeout_s = options.num_workers, options.timeout_s
+        self.num, self.timeout_s = options.num_workers, max(options.timeout_s, _START_S)
         self.is_ours = not ray.is_initialized()
+        self.has_own_cluster = self.is_ours and options.address is None
         if self.is_ours:
             _connect(options)
+        context = ray.get_runtime_context()
+        self.temporary = Path(context.get_temp_dir())
+        self.logs = str(self.temporary / context.get_session_name() / "logs")
+        self.has_failed = False
         has_gpu = torch.cuda.is_available()
         _require_room("GPU" if has_gpu else "CPU", self.num)
         self.pool = RayResourcePool([self.num], use_gpu=has_gpu, max_colocate_count=1)
         actor = RayClassWithInitArgs(ray.remote(DiffusionWorker), config=config)
         self.group = RayWorkerGroup(self.pool, actor, device_name="cuda" if has_gpu else "cpu")
-        self.group.reset()
+        try:
+            self.each("build")
+        except BaseException:
+            self.close()
+            raise
+        self.timeout_s = options.timeout_s
 
     def each(self, verb: str, *arguments: list[Any]) -> list[Any]:
-        import ray
+        from dare.executors.verl.calls import answers
 
-        futures = getattr(self.group, verb)(*arguments)
         try:
-            results: list[Any] = ray.get(futures, timeout=self.timeout_s)
-        except ray.exceptions.GetTimeoutError:
-            raise DareError(
-                f"a worker did not finish '{verb}' in time",
-                where="executor.timeout_s",
-                got=f"nothing after {self.timeout_s:g} s",
-                fix="raise executor.timeout_s if the work is that long; otherwise resume with --resume",
-            ) from None
-        except (ray.exceptions.ActorDiedError, ray.exceptions.ActorUnavailableError) as error:
-            raise DareError(
-                f"a worker died during '{verb}'",
-                where="executor verl",
-                got=str(error).splitlines()[0],
-                fix="look for the cause in the worker's log (out of memory, lost node), then continue with --resume",
-            ) from None
-        return [_checked(result) for result in results]
+            return answers(verb, getattr(self.group, verb)(*arguments), self.timeout_s, self.logs)
+        except BaseException:
+            self.has_failed = True
+            raise
 
     def close(self) -> None:
         import ray
@@ -140,6 +140,8 @@ class _OnRay:
             ray.util.remove_placement_group(placement)
         if self.is_ours:
             ray.shutdown()
+            if self.has_own_cluster and not self.has_failed:  # after a failure its logs are of use
+                shutil.rmtree(self.temporary, ignore_errors=True)
 
 
 def _connect(options: VerlOptions) -> None:

@@ -105,7 +105,7 @@ def family_spec(config: Config, generation_config: Config | None = None) -> Fami
     return FamilySpec(
         name="llada2",
         attention="block_causal",
-        block_grid="sequence",
+        block_grid=fields.block_grid(),
         block_length=fields.integer("block_size", _BLOCK_LENGTH),
         is_shifted=False,
         mask_id=fields.token("mask_token_id", vocab_size, _MASK_ID),
