@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from dare.core.errors import DareError, unknown_name
 from dare.core.recipe_errors import explain
+from dare.core.yaml_text import load_yaml
 from dare.evals.suite import Settings
 
 _FOLDER = Path(__file__).parent
@@ -124,7 +125,7 @@ def _read(path: Path, preset: str) -> dict[str, Any]:
     if not path.is_file():
         raise unknown_name("preset", preset, ("paper", "table"), where="--preset")
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = load_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise DareError("the preset is not valid YAML", where=str(path), got=str(error)) from None
     if not isinstance(data, dict):
