@@ -35,7 +35,7 @@ class BenchmarkDataset(BaseDataset):  # type: ignore[misc]
         solved = solved_examples(shots)
         rows = []
         for document in documents:
-            row = {"prompt": _prompt(found, document, shots, style), "gold": document.gold}
+            row: dict[str, Any] = {"prompt": _prompt(found, document, shots, style), "gold": document.gold}
             if method == "likelihood":
                 row |= {
                     "gold": document.gold_choice,

@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from functools import partial
 from typing import Any
 
 import mmengine
@@ -76,9 +77,7 @@ def run_opencompass(
             "inputs_sha256": job.inputs,
         }
         folder = out / Path(name).stem.replace(":", "_")
-        results[name] = run_once(
-            folder, _HARNESS, asked, backend.describe(), lambda job=job, folder=folder: _evaluate(job, backend, folder)
-        )
+        results[name] = run_once(folder, _HARNESS, asked, backend.describe(), partial(_evaluate, job, backend, folder))
         if on_result is not None:
             on_result(name, results[name])
     return results
