@@ -44,7 +44,6 @@ def main() -> None:
     head = "| model | task | back end | batch | rows | equal answers | largest difference, nats | scores | seconds |"
     text = "\n".join([_TITLE, head, "|" + "---|" * 9, *lines]) + "\n"
     options.out.write_text(text)
-    print(text)
 
 
 def compare(case: Case, root: Path) -> list[str]:
@@ -63,12 +62,13 @@ def compare(case: Case, root: Path) -> list[str]:
         ]
         for task in TASKS:
             for name, backend, ask in ways:
-                for batch_size in (1, 32):
+                for batch_size in (1, 32) if TASKS[task] == "generate" else (32,):
                     out = root / f"{task}-{name}-{batch_size}".replace(" ", "-")
                     start = time.perf_counter()
                     found = ask(case, task, backend, _style(case, task), batch_size, out)
                     seconds = time.perf_counter() - start
                     lines.append(line(case, task, name, batch_size, found, seconds))
+                    print(lines[-1], flush=True)
     return lines
 
 
@@ -117,7 +117,7 @@ def ask_opencompass(case: Case, task: str, backend: Backend, style: str, batch_s
     records = []
     for row in _lines(out / f"dare_{task}"):
         said = {"text": row["prediction"]} if TASKS[task] == "generate" else {"logps": row["logps"]}
-        scores = {name: value[0] for name, value in row["judged"].items() if name != "pred"}
+        scores = {name: row["judged"][name][0] for name in case.native[task][0]["scores"]}
         records.append({**said, "scores": scores})
     return records
 
