@@ -15,7 +15,6 @@ from dare.core.recipe import Recipe
 from dare.core.rng import Key
 from dare.core.types import Canvas, Samples, Views
 from dare.data.order import batch_at
-from dare.data.packing import packs
 from dare.data.read import Tally
 from dare.diffusion import corrupt
 from dare.families.base import Family
@@ -25,7 +24,7 @@ from dare.rollout import plan as rollout
 from dare.tasks.base import Task
 from dare.training.calibrate import calibrate
 from dare.training.feed import STREAMS, text_sources
-from dare.training.micro_batches import micro_batches
+from dare.training.micro_batches import forwards
 from dare.training.offline import rows_to_samples
 from dare.training.plan import MemoryPlan, cache_bytes, make_plan
 from dare.training.rollout_cost import forward_shape, rollout_tokens
@@ -135,12 +134,7 @@ def _step(recipe: Recipe, algorithm: Algorithm[Any], samples: Samples, index: in
             samples, key, num_views=max(1, recipe.train.micro_batch_views // len(samples.group_B))
         )
     length_R = samples.canvas.is_real_BS.sum(-1)[views.sample_R]
-    if recipe.train.pack_length is not None:
-        parts = [torch.tensor(pack) for pack in packs(length_R.tolist(), recipe.train.pack_length)]
-    else:
-        train = recipe.train
-        parts = micro_batches(length_R, max_views=train.micro_batch_views, max_tokens=train.micro_batch_tokens)
-    return _Step(views, samples.canvas, parts, int(samples.is_scored_BS.sum()))
+    return _Step(views, samples.canvas, forwards(length_R, recipe.train), int(samples.is_scored_BS.sum()))
 
 
 def _size(step: _Step) -> int:
