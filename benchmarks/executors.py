@@ -3,8 +3,8 @@
     VERL_PLATFORM=cpu OMP_NUM_THREADS=1 python benchmarks/executors.py --out /tmp/executors \\
         > benchmarks/results/executors.txt
 
-Needs the extra dare-dllm[verl]. A step is a rollout of 16 completions of 32 tokens, two updates of espo and one publish,
-on a new llada of 6 layers of width 256. Medians without the first step, from `timing.jsonl`.
+Needs the extra dare-dllm[verl]. A step is a rollout of 16 completions of 32 tokens, two updates of espo and one
+publish, on a new llada of 6 layers of width 256. Medians without the first step, from `timing.jsonl`.
 """
 
 from __future__ import annotations
