@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from dare.cli_average import average
 from dare.cli_bench import bench_app
@@ -28,8 +29,12 @@ from dare.cli_options import (
     token_text,
 )
 from dare.cli_plan import plan
+from dare.cli_remote import rollout_server
 from dare.cli_seeing import view, watch
-from dare.core.errors import DareError
+from dare.cli_serve import serve
+from dare.core.errors import DareError, Interrupted
+from dare.core.faults import explain_fault
+from dare.core.secrets import hide_secrets
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -44,13 +49,29 @@ class _Group(TyperGroup):
         except DareError as error:
             _fail(str(error))
             raise typer.Exit(EXIT_USER_ERROR) from error
-        except PermissionError as error:
-            _fail(f"no permission to write or read\n  where: {error.filename}")
+        except (OSError, MemoryError, RuntimeError) as error:
+            fault = explain_fault(error)
+            if fault is None:
+                raise
+            _fail(str(fault))
             raise typer.Exit(EXIT_USER_ERROR) from error
         except KeyboardInterrupt as error:
-            advice = f": {error}" if error.args else ""
-            typer.secho(f"interrupted{advice}", fg="yellow", err=True)
-            raise typer.Exit(EXIT_INTERRUPTED) from error
+            text = str(error)
+            typer.secho(f"interrupted{': ' if text else ''}{text}", fg="yellow", err=True)
+            code = 128 + error.signum if isinstance(error, Interrupted) else EXIT_INTERRUPTED
+            raise typer.Exit(code) from error
+
+
+class _ResumingCommand(TyperCommand):
+    """`--resume` may be followed by the word auto; any other word after it is an argument, as it always was."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        spelt: list[str] = []
+        for word in args:
+            if word == "auto" and spelt[-1:] == ["--resume"]:
+                word = "--resume-auto"
+            spelt += ["--resume", "--resume-auto"] if word == "--resume=auto" else [word]
+        return super().parse_args(ctx, spelt)
 
 
 app = typer.Typer(
@@ -72,20 +93,31 @@ def main() -> None:
     app()
 
 
-@app.command(short_help="Train as a recipe says.")
+@app.command(cls=_ResumingCommand, short_help="Train as a recipe says.")
 def train(
     recipe: RecipeFile,
     overrides: Overrides = None,
     *,
     out: Annotated[Path | None, typer.Option(help="run folder; default: runs/NAME of the recipe")] = None,
-    resume: Annotated[bool, typer.Option(help="continue the run in --out from its last checkpoint")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            help="continue the run in --out from its last checkpoint, if there is a run; --resume auto: from the last "
+            "whole one, passing over damaged ones"
+        ),
+    ] = False,
+    is_damage_skipped: Annotated[bool, typer.Option("--resume-auto", hidden=True)] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="show nothing; the logs are written anyway")] = False,
 ) -> None:
     """Train: supervised fine-tuning or reinforcement learning, as the recipe says.
 
+    SIGINT (Ctrl-C) and SIGTERM save the last whole step and end; a second one ends at once. Exit codes: 0 finished,
+    2 a mistake or a fault that the message explains, 75 hung, 130 and 143 stopped by SIGINT and SIGTERM.
+
     \b
-    Example:
+    Examples:
       dare train recipes/tiny/llada_rl.yaml train.steps=50 decode.temperature=0.7 --out runs/rl
+      dare train recipes/tiny/llada_rl.yaml train.steps=50 decode.temperature=0.7 --out runs/rl --resume auto
     """
     from dare.core.checks import check as check_recipe
     from dare.core.recipe import load_recipe
@@ -97,9 +129,18 @@ def train(
 
     reporter = NullReporter() if quiet else ConsoleReporter()
     try:
-        api.train(resolved, out or Path("runs") / resolved.name, is_resumed=resume, reporter=reporter)
+        api.train(
+            resolved,
+            out or Path("runs") / resolved.name,
+            is_resumed=resume or is_damage_skipped,
+            is_damage_skipped=is_damage_skipped,
+            reporter=reporter,
+        )
     except KeyboardInterrupt as error:
-        raise KeyboardInterrupt("the same command with --resume continues from the last checkpoint") from error
+        told = f"{error}; " if str(error) else ""
+        signum = error.signum if isinstance(error, Interrupted) else signal.SIGINT
+        advice = "the same command with --resume continues from the last checkpoint"
+        raise Interrupted(signum, told + advice) from error
 
 
 app.add_typer(eval_app, name="eval")
@@ -167,7 +208,9 @@ app.command(short_help="Average the weights of several checkpoints.")(average)
 app.command(short_help="Merge an adapter, and write a model to publish.")(export)
 app.command(short_help="Compare algorithms under one budget.")(compare)
 app.command(short_help="Look at a trace: every step, and why.")(view)
+app.command("rollout-server", short_help="Serve a model to training runs, as SGLang or LMDeploy would.")(rollout_server)
 app.command(short_help="Serve the report of a run, live while it trains.")(watch)
+app.command(short_help="Serve a model over HTTP, in the shape of the OpenAI API.")(serve)
 
 
 @app.command(short_help="Check recipes without running them.")
@@ -268,7 +311,7 @@ def report(
 
 
 def _fail(text: str) -> None:
-    first, _, rest = text.partition("\n")
+    first, _, rest = hide_secrets(text).partition("\n")
     typer.secho(f"error: {first}", fg="red", bold=True, err=True)
     if rest:
         typer.secho(rest, fg="red", err=True)

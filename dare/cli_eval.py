@@ -8,7 +8,16 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from dare.cli_backends import HarnessCall, print_result, run_harness
 from dare.cli_options import Base, Checkpoint, DecodeOptions, Device, Dtype, load_model
+from dare.core.errors import DareError
+
+Harness = Annotated[
+    str | None, typer.Option("--backend", help="lm-eval or opencompass around the model; default: our own evaluation")
+]
+WeakSandbox = Annotated[
+    bool, typer.Option("--allow-weak-sandbox", help="run the model's programs without full isolation")
+]
 
 
 class _RunByDefault(TyperGroup):
@@ -34,10 +43,9 @@ def run(
     preset: Annotated[str | None, typer.Option(help="table, paper or a YAML file: benchmarks and settings")] = None,
     tasks: Annotated[str | None, typer.Option(help="benchmarks, comma-separated; `dare data path` lists them")] = None,
     published: Annotated[str | None, typer.Option("--model", help="paper: the published model that this is")] = None,
+    harness: Harness = None,
     shard: Annotated[str | None, typer.Option(help="only the documents of this part, such as 0/4")] = None,
-    is_weak_allowed: Annotated[
-        bool, typer.Option("--allow-weak-sandbox", help="run the model's programs without full isolation")
-    ] = False,
+    is_weak_allowed: WeakSandbox = False,
     task: Annotated[str | None, typer.Option(help="a task; default: the task of the recipe")] = None,
     recipe: Annotated[Path | None, typer.Option(help="task and decode options; default: the checkpoint's run")] = None,
     num: Annotated[int | None, typer.Option(min=1, help="held-out problems, or documents of each benchmark")] = None,
@@ -59,15 +67,14 @@ def run(
     Examples:
       dare eval runs/rl
       dare eval runs/rl --task countdown --num 500 gen_length=16 task.max_value=9
+      dare eval CHECKPOINT --backend lm-eval --tasks dare_gsm8k,my_task.yaml gen_length=256
       dare eval GSAI-ML/LLaDA-8B-Instruct --preset table --tasks gsm8k,humaneval --out results/llada
       dare eval compare results/llada results/sdar
     """
-    _check_pairs(preset, tasks, {"--shard": shard, "--model": published}, {"--task": task, "--recipe": recipe})
-    if preset is not None or tasks is not None:
-        words = [*(overrides or [])]
-        words += [] if num is None else [f"task.limit={num}"]
-        words += [] if seed is None else [f"task.seed={seed}"]
-        choice = {"preset": preset, "tasks": tasks, "published": published, "shard": shard}
+    choice = {"--preset": preset, "--tasks": tasks, "--model": published, "--shard": shard, "--backend": harness}
+    if _is_benchmarks(choice, {"--task": task, "--recipe": recipe}):
+        numbers = {"task.limit": num, "task.seed": seed}
+        words = [*(overrides or []), *(f"{name}={value}" for name, value in numbers.items() if value is not None)]
         _run_benchmarks(checkpoint, words, choice, out, (device, dtype, base), is_weak_allowed, is_json)
         return
     from dare.terminal.settings import evaluation_settings
@@ -120,6 +127,17 @@ def table(
     typer.echo(table_text(folders), nl=False)
 
 
+@eval_app.command("configs", short_help="The folder of configurations for OpenCompass's own command.")
+def configs() -> None:
+    """Print the folder that `opencompass --config-dir` takes: a model of ours and data sets.
+
+    \b
+    Example:
+      DARE_CHECKPOINT=runs/rl opencompass --config-dir $(dare eval configs) --models dare_model --datasets gsm8k_dare
+    """
+    typer.echo(Path(__file__).parent / "harness" / "compass" / "configs")
+
+
 def data_path() -> None:
     """List the benchmarks: the file of each, or the public data set to get and where to put it.
 
@@ -127,7 +145,6 @@ def data_path() -> None:
     Example:
       DARE_DATA=data dare data path
     """
-    from dare.core.errors import DareError
     from dare.evals.benchmarks.rows import data_root
     from dare.evals.benchmarks.table import BENCHMARKS, find_benchmark
 
@@ -159,19 +176,16 @@ def data_fetch(
                 typer.echo(str(fetch(benchmark.name, origin)))
 
 
-def _check_pairs(
-    preset: str | None, tasks: str | None, of_benchmarks: dict[str, object], of_a_task: dict[str, object]
-) -> None:
-    """An option that would have no effect is a mistake."""
-    from dare.core.errors import DareError
-
-    is_benchmarks = preset is not None or tasks is not None
+def _is_benchmarks(of_benchmarks: dict[str, str | None], of_a_task: dict[str, object]) -> bool:
+    """Which kind of evaluation is asked for; an option that would have no effect is a mistake."""
+    is_benchmarks = of_benchmarks["--preset"] is not None or of_benchmarks["--tasks"] is not None
     idle = [name for name, value in (of_a_task if is_benchmarks else of_benchmarks).items() if value is not None]
     if idle:
         kind = "a task, not benchmarks" if is_benchmarks else "benchmarks, which --tasks or --preset name"
         raise DareError(
             f"{' and '.join(idle)} is for {kind}", fix="leave it out, or choose the other kind of evaluation"
         )
+    return is_benchmarks
 
 
 def _run_benchmarks(
@@ -187,12 +201,23 @@ def _run_benchmarks(
     from dare.terminal.settings import parse_options
 
     options = parse_options(overrides)
-    preset, shard = choice["preset"], choice["shard"]
-    names = [name.strip() for name in (choice["tasks"] or "").split(",") if name.strip()]
+    preset, shard = choice["--preset"], choice["--shard"]
+    names = [name.strip() for name in (choice["--tasks"] or "").split(",") if name.strip()]
+    harness = choice["--backend"]
+    if harness is not None:
+        if shard:
+            raise DareError("a harness runs whole tasks", where="--shard", got=shard, fix="leave it out")
+        call = HarnessCall(harness, checkpoint, names, preset, choice["--model"], options, out, place, is_weak_allowed)
+        found = run_harness(call, None if is_json else print_result)
+        if is_json:
+            typer.echo(_to_json(found))
+        return
     from dare.evals.suite import Shard
 
     part = Shard.parse(shard) if shard else None
-    model = load_model(checkpoint, *place)
+    from dare.evals.remote import is_url
+
+    model = checkpoint if is_url(checkpoint) else load_model(checkpoint, *place)
     from dare import api
     from dare.terminal.progress import benchmark_line, progress_bar
 
@@ -202,7 +227,7 @@ def _run_benchmarks(
             names,
             preset=preset,
             checkpoint=checkpoint,
-            published=choice["published"],
+            published=choice["--model"],
             out=out or Path("runs") / "eval" / f"{Path(checkpoint).name}-{Path(preset or 'tasks').stem}",
             overrides=options,
             shard=part,

@@ -134,7 +134,7 @@ class Model:
         """
         context_ids = self.encode(context)
         if isinstance(completion, str):
-            completion_ids = encode_completion(self._require_tokenizer(), completion)
+            completion_ids = encode_completion(self.require_tokenizer(), completion)
         else:
             completion_ids = list(completion)
         return log_likelihood(self.family, context_ids, completion_ids, num_samples, Key(seed))
@@ -153,11 +153,11 @@ class Model:
     def encode(self, prompt: PromptLike) -> list[int]:
         """Token ids of a prompt in any of its forms."""
         if isinstance(prompt, str):
-            return encode_prompt(self._require_tokenizer(), Prompt(uid="", text=prompt))
+            return encode_prompt(self.require_tokenizer(), Prompt(uid="", text=prompt))
         items = list(prompt)
         if items and isinstance(items[0], dict):
             messages = tuple(item for item in items if isinstance(item, dict))
-            return encode_prompt(self._require_tokenizer(), Prompt(uid="", messages=messages))
+            return encode_prompt(self.require_tokenizer(), Prompt(uid="", messages=messages))
         return [int(item) for item in items]  # type: ignore[call-overload]
 
     def with_text(self, completion: Completion) -> Completion:
@@ -174,7 +174,8 @@ class Model:
             finish=completion.finish,
         )
 
-    def _require_tokenizer(self) -> Any:
+    def require_tokenizer(self) -> Any:
+        """The tokenizer. Raises DareError if there is none."""
         if self.tokenizer is None:
             raise DareError("this checkpoint has no tokenizer", fix="give token ids instead of text or messages")
         return self.tokenizer

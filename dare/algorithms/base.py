@@ -54,6 +54,11 @@ class Algorithm(ABC, Generic[OptionsT]):
         """Whether `loss` reads the old policy's log-probs of views drawn for a later inner iteration."""
         return not self.is_linear
 
+    @property
+    def reads_recorded(self) -> bool:
+        """Whether the log-probs that the rollout recorded at each commit enter the loss."""
+        return False
+
     def check_rollouts(self, decode: Decode) -> list[str]:
         """Warnings about rollouts whose likelihood is not the one trained on.
 

@@ -221,7 +221,6 @@ class TraceAlgorithm(PolicyAlgorithm[TraceOptionsT]):
 
     @property
     def reads_recorded(self) -> bool:
-        """Whether the rollout's own log-probs enter the loss."""
         options = self.options
         return options.old == "rollout" or options.rollout_cap is not None or options.kl_to == "rollout"
 

@@ -19,7 +19,7 @@ from dare.core.types import AuxLoss, Loss, Samples, Views
 from dare.diffusion import likelihood, supervised
 from dare.diffusion.corrupt import TimeSpread
 from dare.diffusion.schedule import ScheduleName
-from dare.diffusion.supervised import Noise, Weighting
+from dare.diffusion.supervised import Noise, NumMasked, Weighting
 from dare.objectives import reduce
 from dare.objectives.entropy import entropy
 
@@ -56,7 +56,14 @@ class SFTOptions(Options):
     norm: Norm | None = Field(
         None,
         description="sequence: mean over samples of the mean per token; token: mean per token; batch: per sample; "
-        "masked: mean per masked token; view: mean over views of the mean per masked token",
+        "masked: mean per masked token; view: mean over views of the mean per masked token; constant: per sample and "
+        "norm_length tokens",
+    )
+    norm_length: int | None = Field(None, ge=1, description="norm constant: tokens that every sample counts as")
+    num_masked: NumMasked | None = Field(
+        None,
+        description="random: each token by itself; exact: ceil(p n) of a unit's n tokens; rounded: round(p n), later "
+        "ones likelier (NeMo; no bound)",
     )
     views_per_sample: int | None = Field(None, ge=1, description="masks per sample; their loss is averaged")
     is_complementary: bool | None = Field(None, description="views come in pairs of a mask and its complement")
@@ -139,6 +146,13 @@ class SFTOptions(Options):
         noise = objective.noise
         if noise.t_min > noise.t_max:
             return f"t_min {noise.t_min} is above t_max {noise.t_max}; exchange them"
+        if (objective.norm == "constant") != (objective.norm_length is not None):
+            return f"norm_length goes with norm: constant, got norm {objective.norm} and {objective.norm_length}"
+        if noise.num_masked != "random" and (noise.is_complementary or noise.is_eos_unit or noise.is_rate_kept):
+            return (
+                f"num_masked: {noise.num_masked} fixes how many tokens are masked; it goes without is_complementary, "
+                "is_eos_unit and is_rate_kept"
+            )
         if not noise.is_complementary:
             return None
         if noise.schedule != "linear":
@@ -259,6 +273,8 @@ class SFT(Algorithm[SFTOptions]):
             return reduce.divide(nll_B.sum(), length_B.sum())
         if norm == "batch":
             return reduce.mean(nll_B)
+        if norm == "constant":
+            return reduce.mean(reduce.divide(nll_B, torch.full_like(length_B, self.objective.norm_length or 1)))
         return reduce.divide(nll_B.sum() * num_views, views.is_target_RS.sum())
 
     def _focused(self, logp_RS: Tensor, views: Views) -> Tensor:

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from dare.diffusion.supervised import Noise
 
-Norm = Literal["sequence", "token", "batch", "masked", "view"]
-PresetName = Literal["llada", "d1", "mdlm", "dream", "bd3lm", "sdar", "llada2", "llada2_edit"]
+Norm = Literal["sequence", "token", "batch", "masked", "view", "constant"]
+PresetName = Literal["llada", "d1", "mdlm", "dream", "bd3lm", "sdar", "llada2", "llada2_edit", "dllm_rl", "nemo"]
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class Objective:
 
     noise: Noise = field(default_factory=Noise)
     norm: Norm = "sequence"
+    norm_length: int | None = None
     focal_gamma: float | None = None
     focal_alpha: float = 0.25
     confidence_weight: float = 0.0
@@ -51,4 +52,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "edit_rate": 0.1,
         "draft_turns": 1,
     },
+    "dllm_rl": {"weight": "uniform", "time_per": "sample", "t_min": 0.1, "t_max": 0.9, "norm": "view"},
+    "nemo": {"num_masked": "rounded", "norm": "token"},
 }

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dare.algorithms.base import Algorithm
+from dare.core.lazy import torch
 from dare.core.options import Options
 from dare.core.rng import Key
 from dare.core.types import Loss, Samples, Views
@@ -22,6 +23,16 @@ class TraceSFTOptions(Options):
     shrink: int = Field(
         1, ge=1, description="denoising steps that are learnt as one: what a state reveals in that many steps"
     )
+    norm: Literal["token", "constant"] = Field(
+        "token", description="token: mean per token; constant: per state and norm_length tokens"
+    )
+    norm_length: int | None = Field(None, ge=1, description="norm constant: tokens that every state counts as")
+
+    @model_validator(mode="after")
+    def _check(self) -> TraceSFTOptions:
+        if (self.norm == "constant") != (self.norm_length is not None):
+            raise ValueError(f"norm_length goes with norm: constant, got norm {self.norm} and {self.norm_length}")
+        return self
 
 
 class TraceSFT(Algorithm[TraceSFTOptions]):
@@ -29,8 +40,8 @@ class TraceSFT(Algorithm[TraceSFTOptions]):
 
     Every scored token is learnt once, from the state in which the rollout chose it, so order is distilled along with
     content. With `shrink` k a state is asked for all that the next k steps revealed: paths become shorter
-    (LLaDA2.0's and dParallel's distillation; dLLM-RL's `trace` training with k = 1, whose sums are divided by the width
-    of the batch instead). Nothing compares completions: the reward only decides which are kept.
+    (LLaDA2.0's and dParallel's distillation). dLLM-RL's `trace` training divides each state's sum by the width of the
+    response, which is norm constant. Nothing compares completions: the reward only decides which are kept.
     """
 
     Config = TraceSFTOptions
@@ -51,7 +62,14 @@ class TraceSFT(Algorithm[TraceSFTOptions]):
     ) -> Loss:
         weight_R1 = samples.advantage_B[views.sample_R, None].double()
         is_learnt_RS = views.is_target_RS & (weight_R1 != 0)
-        value = reduce.masked_mean(-weight_R1 * logp_RS, is_learnt_RS)
+        nll_RS = -weight_R1 * logp_RS
+        if self.options.norm_length is None:
+            value = reduce.masked_mean(nll_RS, is_learnt_RS)
+        else:
+            is_learnt_R = is_learnt_RS.any(-1)
+            total_R = torch.where(is_learnt_RS, nll_RS, 0.0).sum(-1)
+            length_R = torch.full_like(is_learnt_R, self.options.norm_length, dtype=torch.int64)
+            value = reduce.masked_mean(reduce.divide(total_R, length_R), is_learnt_R)
         metrics = {
             "nll": reduce.metric(-logp_RS, is_learnt_RS),
             "learnt": reduce.metric((samples.advantage_B != 0).double()),

@@ -11,6 +11,7 @@ from dare.core.errors import DareError
 from dare.core.recipe import Recipe
 from dare.core.registry import FAMILIES, check_name
 from dare.core.reward_recipe import GroupRecipe, RewardRecipe
+from dare.core.rollout_checks import check_rollout
 
 
 def check(recipe: Recipe) -> list[str]:
@@ -26,6 +27,7 @@ def check(recipe: Recipe) -> list[str]:
     warnings = _check_online(recipe, algorithm) if algorithm.kind == "online" else _check_offline(recipe)
     _check_blocks(recipe)
     _check_lora(recipe)
+    check_rollout(recipe, algorithm)
     recipe.executor.build().check(recipe)
     if recipe.evaluation.num < 30 and recipe.task is not None:
         warnings.append(f"evaluation.num {recipe.evaluation.num} gives intervals too wide to compare anything")
@@ -234,6 +236,6 @@ def _known_block_length(recipe: Recipe) -> int | None:
         return None
     try:
         value = json.loads(config.read_text(encoding="utf-8")).get("block_size")
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
+    except (ValueError, RecursionError, AttributeError):
         return None  # loading reports it
     return value if isinstance(value, int) else None

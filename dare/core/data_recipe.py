@@ -11,7 +11,7 @@ from dare.core.options import Options
 RowFormat = Literal["messages", "prompt_completion", "preference", "prompt_only", "text", "tokens"]
 Column = Literal["messages", "prompt", "completion", "chosen", "rejected", "text", "input_ids", "labels", "answer"]
 Role = Literal["system", "developer", "user", "assistant", "tool"]
-EosPolicy = Literal["none", "one", "fill", "block"]
+EosPolicy = Literal["none", "one", "fill", "fill_row", "block", "align"]
 TooLong = Literal["error", "drop", "left", "right"]
 BadRow = Literal["error", "skip"]
 LossTurns = Literal["last", "all"]
@@ -65,13 +65,17 @@ class DataRecipe(_Columns):
     eos: EosPolicy | None = Field(
         None,
         description="what follows a completion, all of it with loss. none: nothing; one: one EOS; fill: EOS up to "
-        "gen_length (LLaDA); block: one EOS and then EOS up to the end of its block; default: fill for full attention, "
-        "block for block models; raw text: one instead of fill",
+        "gen_length (LLaDA); fill_row: EOS up to max_length, prompt included (d1, Dream); block: one EOS and then EOS "
+        "up to the end of its block; align: EOS up to the end of its block, none if it ends there (A2D); default: fill "
+        "for full attention, block for block models; raw text: one instead of fill",
     )
     gen_length: int | None = Field(
         None, ge=1, description="for eos: fill, completion positions; default: decode.gen_length"
     )
     max_length: int | None = Field(None, ge=2, description="prompt + completion, tokens; default: the model's")
+    crop_rate: float = Field(
+        0.0, ge=0.0, le=1.0, description="raw text: share of rows of which a random length is kept (LLaDA: 0.01)"
+    )
     on_too_long: TooLong = Field(
         "error",
         description="error; drop: leave the row out; right: cut the end of the completion, without an EOS; left: cut "
@@ -83,6 +87,8 @@ class DataRecipe(_Columns):
     def _check(self) -> DataRecipe:
         if self.gen_length is not None and self.eos not in (None, "fill"):
             raise ValueError(f"gen_length needs eos: fill, got eos: {self.eos}; remove gen_length or change eos")
+        if self.eos == "fill_row" and self.max_length is None:
+            raise ValueError("eos: fill_row fills rows up to max_length; give max_length")
         if self.path is not None and self.sources:
             raise ValueError("give one source as path or several as sources, not both")
         if self.sources and (self.format is not None or self.columns or self.split != "train"):

@@ -40,6 +40,14 @@ class NonFiniteError(DareError):
     """A loss or gradient is NaN or infinite; the last checkpoint is untouched."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal ended the work in good order; the text says what became of it. The command exits with 128 + signal."""
+
+    def __init__(self, signum: int, text: str = "") -> None:
+        self.signum = signum
+        super().__init__(text)
+
+
 def closest_name(name: str, names: Iterable[str]) -> str | None:
     """What was probably meant by `name`: of the similar ones, one that begins with it, else the most similar."""
     close = difflib.get_close_matches(name, list(names), n=3, cutoff=0.5)

@@ -25,7 +25,9 @@ from dare.core.recipe_errors import explain
 from dare.core.reference_recipe import ReferenceRecipe
 from dare.core.registry import resolve
 from dare.core.reward_recipe import GroupRecipe, RewardRecipe
+from dare.core.rollout_recipe import RolloutRecipe
 from dare.core.validation_recipe import ValidationRecipe
+from dare.core.yaml_text import load_yaml
 
 
 class Plugin(BaseModel):
@@ -143,6 +145,12 @@ class TrainRecipe(Options):
         description="tokens per forward and backward, instead of micro_batch_views: views are laid end to end, each a "
         "document that sees itself only, and no padding is computed; never changes the result",
     )
+    step_timeout_s: float | None = Field(
+        3600.0,
+        gt=0.0,
+        description="seconds without a sign of life (a phase, a denoising step) after which a run counts as hung: it "
+        "writes its stacks to hang.txt and ends; null: never",
+    )
 
 
 class OptimizerRecipe(Options):
@@ -172,6 +180,9 @@ class EvaluationRecipe(Options):
 class CheckpointRecipe(Options):
     every: int | None = Field(None, ge=1, description="steps between checkpoints; null: only at the end")
     keep_last: int = Field(2, ge=1)
+    stop_within_s: float = Field(
+        30.0, gt=0.0, description="seconds that a run has after SIGINT or SIGTERM to save the last whole step and end"
+    )
 
 
 class LogRecipe(Options):
@@ -204,6 +215,7 @@ class Recipe(Options):
     reward: RewardRecipe = Field(RewardRecipe(), description="online: what completions are trained towards")
     groups: GroupRecipe = Field(GroupRecipe(), description="online: which groups of completions are trained on")
     decode: Decode = Decode()
+    rollout: RolloutRecipe = Field(RolloutRecipe(), description="online: who denoises; default: this process")
     train: TrainRecipe = TrainRecipe()
     reference: ReferenceRecipe = ReferenceRecipe()
     optimizer: OptimizerRecipe = OptimizerRecipe()
@@ -262,7 +274,7 @@ def _read(path: Path) -> dict[str, Any]:
             f"recipe not found: {path}", fix="give the path of a YAML file; `dare list recipes` shows the shipped ones"
         )
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = load_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise DareError("the recipe is not valid YAML", where=str(path), got=str(error)) from None
     if not isinstance(data, dict):
@@ -291,7 +303,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
     if not separator or not key:
         raise DareError(f"cannot read the override '{override}'", expected="key=value, for example train.steps=50")
     try:
-        value = yaml.safe_load(text)
+        value = load_yaml(text)
     except yaml.YAMLError as error:
         raise DareError(f"cannot read the value of the override '{override}'", got=str(error)) from None
     *parents, leaf = key.split(".")

@@ -8,8 +8,9 @@ generators of Python, NumPy and torch are never read or written.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from dare.core.lazy import torch
 
@@ -45,10 +46,30 @@ def _mix_tensor(x: Tensor) -> Tensor:
     return x ^ _shift_right(x, 31)
 
 
+def _bits(state: Tensor, *counters: Tensor) -> Tensor:
+    for counter in counters:
+        state = _mix_tensor(state + _signed(_GOLDEN) + _mix_tensor(counter.long() + 1))
+    return _mix_tensor(state)
+
+
+def _unit(bits: Tensor) -> Tensor:
+    return _shift_right(bits, 11).double() * 2.0**-53
+
+
 def stable_id(*parts: object) -> int:
     """A non-negative 63-bit integer from the text of `parts`, equal in every process and version."""
     text = "\x1f".join(str(part) for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+class Draws(Protocol):
+    """What hands out random numbers: a `Key`, or a `KeyTable` where rows have keys of their own."""
+
+    def fold(self, *parts: int | str) -> Draws:
+        """The child stream named by `parts`."""
+
+    def uniform(self, *counters: Tensor) -> Tensor:
+        """Uniform float64 numbers in [0, 1), one for each tuple of int64 `counters`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +88,16 @@ class Key:
 
     def uniform(self, *counters: Tensor) -> Tensor:
         """Uniform float64 numbers in [0, 1), one for each broadcast tuple of int64 `counters`."""
-        return _shift_right(self.bits(*counters), 11).double() * 2.0**-53
+        return _unit(self.bits(*counters))
 
     def bits(self, *counters: Tensor) -> Tensor:
         """64 random bits (as int64) for each broadcast tuple of int64 `counters`."""
-        state = torch.tensor(_signed(_mix(self.state)), device=counters[0].device)
-        for counter in counters:
-            state = _mix_tensor(state + _signed(_GOLDEN) + _mix_tensor(counter.long() + 1))
-        return _mix_tensor(state)
+        return _bits(torch.tensor(self.start, device=counters[0].device), *counters)
+
+    @property
+    def start(self) -> int:
+        """What the mixing of counters begins with, as a signed 64-bit integer."""
+        return _signed(_mix(self.state))
 
     def integers(self, low: int, high: Tensor | int, *counters: Tensor) -> Tensor:
         """Uniform integers in [low, high), int64."""
@@ -88,3 +111,37 @@ class Key:
     def python_seed(self) -> int:
         """A 63-bit seed for a library's own generator (problem generators, weight initialisation)."""
         return _mix(self.state) >> 1
+
+
+class KeyTable:
+    """Keys and sample ids of rows that share a batch but belong to different calls.
+
+    The first counter of a draw is a row's place in the table: the row gets the number that its own key gives for
+    (its own sample id, further counters). Entries may be replaced at any time.
+    """
+
+    def __init__(self, entries: Sequence[tuple[Key, int]]) -> None:
+        """One (key, sample id) for each place."""
+        self._entries = list(entries)
+        self._children: dict[tuple[int | str, ...], KeyTable] = {}
+        self._start_B: Tensor | None = None
+        self._sample_id_B: Tensor | None = None
+
+    def put(self, place: int, key: Key, sample_id: int) -> None:
+        """Replace the entry at `place`."""
+        self._entries[place] = (key, sample_id)
+        self._children, self._start_B = {}, None
+
+    def fold(self, *parts: int | str) -> KeyTable:
+        """The child streams named by `parts`, place by place."""
+        if parts not in self._children:
+            self._children[parts] = KeyTable([(key.fold(*parts), sample_id) for key, sample_id in self._entries])
+        return self._children[parts]
+
+    def uniform(self, *counters: Tensor) -> Tensor:
+        """Uniform float64 numbers in [0, 1): counters are the place, then those of `Key.uniform` after the id."""
+        place_N, *others = counters
+        if self._start_B is None or self._sample_id_B is None:
+            self._start_B = torch.tensor([key.start for key, _ in self._entries], device=place_N.device)
+            self._sample_id_B = torch.tensor([sample_id for _, sample_id in self._entries], device=place_N.device)
+        return _unit(_bits(self._start_B[place_N], self._sample_id_B[place_N], *others))

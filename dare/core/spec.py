@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+BlockGrid = Literal["sequence", "completion"]
+
 
 @dataclass(frozen=True)
 class FamilySpec:
@@ -12,7 +14,7 @@ class FamilySpec:
 
     name: str
     attention: Literal["full", "block_causal"]
-    block_grid: Literal["sequence", "completion"]
+    block_grid: BlockGrid
     block_length: int  # the grid the checkpoint was trained with; for a full-attention family only a default
     is_shifted: bool  # raw logits at position i score token i + 1; undone inside the family
     mask_id: int

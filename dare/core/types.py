@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 GIVEN = -1  # step map: the position was never masked (prompt, padding)
 Record = Literal["drafts", "tree"]  # what a rollout records only where an algorithm asks for it
+Missing = Literal["steps", "logp"]  # what a rollout server may not return
 UNSAMPLED = -2  # step map: still masked when the rollout ended
 
 
@@ -194,6 +195,8 @@ class TraceBatch:
     drafts       every step's full prediction; only where asked for
     tree         the tree whose leaves the rows are; only of a branching rollout
     predictions  what every step thought of its open positions; only where asked for
+    missing      what a rollout server did not return. steps: every token counts as committed in the first step of its
+                 block, so that nfe_B counts blocks; logp: zeros
     """
 
     canvas: Canvas
@@ -212,6 +215,7 @@ class TraceBatch:
     drafts: Drafts | None = None
     tree: Tree | None = None
     predictions: Predictions | None = None
+    missing: tuple[Missing, ...] = ()
 
     def __post_init__(self) -> None:
         shape = tuple(self.canvas.input_BS.shape)

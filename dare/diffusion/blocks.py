@@ -5,14 +5,13 @@ A mask is boolean, True = visible, broadcastable to [B, 1, T, K] for `scaled_dot
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from dare.core.lazy import torch
+from dare.core.spec import BlockGrid
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-BlockGrid = Literal["sequence", "completion"]
 
 
 def positions(is_real_BS: Tensor) -> Tensor:
@@ -24,14 +23,13 @@ def block_ids(is_real_BS: Tensor, prompt_length_B: Tensor, grid: BlockGrid, bloc
     """int64 [B, S]: block index of each position.
 
     "sequence" (SDAR, LLaDA2.x): blocks of `block_length` count from the first real position, so the first
-    completion block may begin with the end of the prompt. "completion" (LLaDA, Dream): blocks count from the
-    first completion position; the prompt is block -1.
+    completion block may begin with the end of the prompt. "completion" (LLaDA, Dream; dLLM-RL's training of SDAR):
+    blocks count from the first completion position, those of the prompt backwards from it: -1, -2, ...
     """
     position_BS = positions(is_real_BS)
     if grid == "sequence":
         return position_BS // block_length
-    offset_BS = position_BS - prompt_length_B[:, None]
-    return torch.where(offset_BS < 0, -1, offset_BS // block_length)
+    return (position_BS - prompt_length_B[:, None]).div(block_length, rounding_mode="floor")
 
 
 def full_mask(is_real_BS: Tensor) -> Tensor | None:

@@ -310,8 +310,12 @@ def random_ranks(samples: Samples, key: Key, is_maskable_BS: Tensor, unit_BS: Te
 
     Masking the places below l masks a uniform random set of l positions. What is not maskable comes last.
     """
-    uniform_BMS = position_uniform(samples, key, num_views)
-    label_BMS = torch.where(is_maskable_BS[:, None], unit_BS[:, None] + uniform_BMS, torch.inf)
+    return ranks(position_uniform(samples, key, num_views), is_maskable_BS, unit_BS)
+
+
+def ranks(draw_BMS: Tensor, is_maskable_BS: Tensor, unit_BS: Tensor) -> Tensor:
+    """int64 [B, M, S]: the place of each maskable position among those of its unit by draw, in [0, 1); from 0."""
+    label_BMS = torch.where(is_maskable_BS[:, None], unit_BS[:, None] + draw_BMS, torch.inf)
     order_BMS = label_BMS.argsort(dim=-1, stable=True)
     index_BMS = torch.arange(order_BMS.shape[-1], device=unit_BS.device).expand_as(order_BMS)
     _, start_BS = unit_sizes(unit_BS, is_maskable_BS)

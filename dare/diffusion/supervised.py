@@ -3,7 +3,8 @@
 One plan with orthogonal settings instead of one per paper:
 
     times        t per sample or per block, spread over views or blocks, in pairs (t, 1 - t) with complementary masks
-    corruption   masks, with the trailing EOS drawn one by one or as a unit; random tokens among what stays visible
+    corruption   masks, each token's by itself or so many of a unit, the trailing EOS one by one or at once; random
+                 tokens among what stays visible
     weight       w(t) of the ELBO, 1, 1 - t, or how much visible context a masked token has (CART)
 
 Axes and keys are those of `corrupt.py`.
@@ -12,6 +13,7 @@ Axes and keys are those of `corrupt.py`.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 _MAX_ROUNDS = 20  # of redrawing masks whose realised share is out of bounds
 
 Weighting = Literal["elbo", "uniform", "one_minus_t", "cart"]
+NumMasked = Literal["random", "exact", "rounded"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Noise:
     time_per: Literal["block", "sample"] = "block"
     time_spread: corrupt.TimeSpread = "views"
     num_views: int = 1
+    num_masked: NumMasked = "random"
     is_complementary: bool = False
     weight: Weighting = "elbo"
     cart_p: float = 0.1
@@ -72,17 +76,45 @@ def noised(samples: Samples, key: Key, noise: Noise) -> Views:
 
 
 def masked(samples: Samples, noise: Noise, t_BMS: Tensor, uniform_BMS: Tensor) -> Views:
-    """The views that these times and draws give: a scored token is masked where its draw is below 1 - alpha(t)."""
+    """The views that these times and draws give: a scored token is masked where its draw is below p = 1 - alpha(t).
+
+    Or, by `noise.num_masked`, so many tokens of each unit are (`counted`).
+    """
     scope = corrupt.scored_scope(samples)
     if noise.is_eos_unit:
         uniform_BMS = _one_draw_per_tail(samples, uniform_BMS)
-    is_drawn_BMS = uniform_BMS < find_schedule(noise.schedule).mask_probability(t_BMS)
+    probability_BMS = find_schedule(noise.schedule).mask_probability(t_BMS)
+    if noise.num_masked == "random":
+        is_drawn_BMS = uniform_BMS < probability_BMS
+    else:
+        is_drawn_BMS = counted(samples, probability_BMS, uniform_BMS, is_rounded=noise.num_masked == "rounded")
     if noise.is_complementary:
         is_drawn_BMS = torch.stack([is_drawn_BMS, ~is_drawn_BMS], dim=2).flatten(1, 2)
         t_BMS = torch.stack([t_BMS, 1.0 - t_BMS], dim=2).flatten(1, 2)
     is_masked_BMS = is_drawn_BMS & scope.is_maskable_BS[:, None]
     weight_BMS = weights(samples, noise, t_BMS, is_masked_BMS) / noise.num_views
     return corrupt.scoped_views(samples, scope, is_drawn_BMS, weight_BMS, temperature=1.0)
+
+
+def counted(samples: Samples, probability_BMS: Tensor, uniform_BMS: Tensor, *, is_rounded: bool = False) -> Tensor:
+    """bool [B, M, S]: ceil(p n) of the n scored tokens of each unit, a uniform random set, drawn.
+
+    Over p uniform on [0, 1] the count is uniform on {1..n}: with weight n / count the mean is the ELBO, without the
+    variance of a binomial count. `is_rounded`: round(p n) of them, later ones likelier. Draws are without replacement
+    with weights 2^(4 (1 - p) i / n) at the i-th token (NeMo Automodel's noise, whose weight 1 / p makes it no bound;
+    theirs also counts tokens that are not scored).
+    """
+    is_maskable_BS, unit_BS = corrupt.scored_scope(samples).is_maskable_BS, corrupt.unit_of(samples)
+    size_BS, start_BS = corrupt.unit_sizes(unit_BS, is_maskable_BS)
+    count_BMS = probability_BMS * size_BS[:, None]
+    if not is_rounded:
+        return corrupt.ranks(uniform_BMS, is_maskable_BS, unit_BS) < count_BMS.ceil()
+    index_BS = is_maskable_BS.long().cumsum(-1) - 1 - start_BS
+    place_B1S = (index_BS.double() / size_BS.clamp(min=1))[:, None]
+    # The highest u^(1 / weight) first is a draw by weight (Efraimidis and Spirakis 2006); no draw may reach 1.
+    inverse_BMS = torch.exp(-4.0 * math.log(2.0) * (1.0 - probability_BMS) * place_B1S)
+    draw_BMS = (1.0 - uniform_BMS**inverse_BMS).clamp(max=1.0 - 1e-9)
+    return corrupt.ranks(draw_BMS, is_maskable_BS, unit_BS) < count_BMS.round()
 
 
 def redrawn(samples: Samples, noise: Noise, t_BMS: Tensor, uniform_BMS: Tensor, rounds: Iterable[Tensor]) -> Tensor:
@@ -110,7 +142,14 @@ def redrawn(samples: Samples, noise: Noise, t_BMS: Tensor, uniform_BMS: Tensor, 
 def weights(samples: Samples, noise: Noise, t_BMS: Tensor, is_masked_BMS: Tensor) -> Tensor:
     """float64 [B, M, S]: what the loss of a masked token weighs at each position."""
     if noise.weight == "elbo":
-        return find_schedule(noise.schedule).loss_weight(t_BMS)
+        schedule = find_schedule(noise.schedule)
+        weight_BMS = schedule.loss_weight(t_BMS)
+        if noise.num_masked != "exact":
+            return weight_BMS
+        unit_BS = corrupt.unit_of(samples)
+        size_BS = corrupt.unit_sizes(unit_BS, corrupt.scored_scope(samples).is_maskable_BS)[0]
+        num_BMS = torch.stack([corrupt.unit_sizes(unit_BS, is_BS)[0] for is_BS in is_masked_BMS.unbind(1)], 1)
+        return weight_BMS * schedule.mask_probability(t_BMS) * size_BS[:, None] / num_BMS.clamp(min=1)
     if noise.weight == "uniform":
         return torch.ones_like(t_BMS)
     if noise.weight == "one_minus_t":

@@ -48,7 +48,7 @@ def make_manifest(
         "data": {"name": benchmark.name, "origin": benchmark.origin.description},
         "sandbox_level": None if sandbox is None else sandbox.level,
         "facts": facts,
-        "versions": {name: _version(name) for name in _PACKAGES},
+        "versions": {name: package_version(name) for name in _PACKAGES},
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.release()} {platform.machine()}",
         "seconds": round(seconds, 3),
@@ -112,7 +112,8 @@ def _groups(records: Sequence[Record]) -> dict[str, dict[str, float]]:
     return found
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """The installed version of a package; None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

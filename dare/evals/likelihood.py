@@ -63,7 +63,7 @@ def log_likelihoods(
     guidance of a block model.
     """
     for request in requests:
-        _check(family, request, options)
+        check_request(family, request, options)
     result = [0.0] * len(requests)
     singles = [index for index, request in enumerate(requests) if len(request.completion) == 1]
     others = [index for index, request in enumerate(requests) if len(request.completion) > 1]
@@ -112,7 +112,8 @@ def _guided_logp(family: Family, views: Views, canvas: Canvas, scale: float) -> 
     """float32 [R, S]: `Family.view_logp` under logits u + (1 + scale)(c - u); u sees masks instead of the prompt."""
     is_prompt_RS = canvas.is_real_BS & ~canvas.is_completion_BS
     blind = dataclasses.replace(views, noisy_RS=torch.where(is_prompt_RS, family.spec.mask_id, views.noisy_RS))
-    hidden_RTD, blind_RTD = family.view_hidden(views, canvas), family.view_hidden(blind, canvas)
+    is_read_RS = views.is_target_RS
+    hidden_RTD, blind_RTD = (family.view_hidden(shown, canvas, is_read_RS=is_read_RS) for shown in (views, blind))
     is_target_RT = views.is_target_RS[:, : hidden_RTD.shape[1]].to(family.device)
     target_N = views.target_RS[views.is_target_RS].to(family.device)
     logp_N = []
@@ -129,7 +130,8 @@ def _guided_logp(family: Family, views: Views, canvas: Canvas, scale: float) -> 
     return logp_RS.index_put(is_target_RT.nonzero(as_tuple=True), torch.cat(logp_N))
 
 
-def _check(family: Family, request: Request, options: Likelihood) -> None:
+def check_request(family: Family, request: Request, options: Likelihood) -> None:
+    """Raise DareError for what `log_likelihoods` would refuse."""
     if not request.completion:
         raise DareError("the completion is empty, so it has no likelihood", fix="give at least one token")
     if family.spec.mask_id in request.completion:
@@ -141,3 +143,4 @@ def _check(family: Family, request: Request, options: Likelihood) -> None:
             got=f"family {family.spec.name}",
             fix="set cfg_scale to 0",
         )
+    family.canvas([request.context], [request.completion])

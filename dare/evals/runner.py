@@ -13,7 +13,7 @@ from dare.core.types import TraceBatch
 from dare.diffusion.trace import scored_mask, to_completions
 from dare.evals.intervals import wilson
 from dare.families.tokenizer import decode as decode_text
-from dare.families.tokenizer import encode_prompt
+from dare.families.tokenizer import encode_prompt, token_piece
 from dare.rollout.stats import rollout_stats
 from dare.tasks.base import Task
 
@@ -38,7 +38,7 @@ def score_trace(task: Task[Any], prompts: list[Prompt], trace: TraceBatch, token
     for row, (prompt, completion) in enumerate(zip(prompts, to_completions(trace), strict=True)):
         text = decode_text(tokenizer, completion.tokens)
         blocks = trace.canvas.block_BS[row][is_scored_BS[row]].tolist()
-        scored.append(Scored(prompt, completion, text, task.reward(prompt, text), blocks))
+        scored.append(Scored(prompt, completion, text, task.judge(prompt, text), blocks))
     return scored
 
 
@@ -99,7 +99,7 @@ def as_record(item: Scored, tokenizer: Any) -> dict[str, Any]:
         "is_solved": item.reward.is_solved,
         "finish": completion.finish,
         "nfe": completion.nfe,
-        "tokens": tokenizer.convert_ids_to_tokens(completion.tokens),
+        "tokens": [token_piece(tokenizer, token) for token in completion.tokens],
         "step_map": completion.step_map,
         "block": item.blocks,
         "logp": [round(value, 4) for value in completion.logp],

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
@@ -81,9 +81,7 @@ class LocalEngine:
         self.family.network.eval()  # dropout off: both passes of an update must be the same function
 
     @classmethod
-    def create(
-        cls, recipe: Recipe, tokenizer: Any, *, needs_reference: bool, critic_lr: float | None = None
-    ) -> LocalEngine:
+    def create(cls, recipe: Recipe, tokenizer: Any, *, needs_reference: bool, critic_lr: float | None = None) -> Self:
         """The engine of a recipe: its checkpoint loaded, or its new model with keyed initial weights."""
         family = build_family(recipe.model, tokenizer, Key(recipe.seed), recipe.lora)
         num_updates = recipe.train.steps * recipe.train.updates_per_rollout
@@ -192,7 +190,9 @@ class LocalEngine:
         with torch.no_grad():
             for part in parts:
                 chosen, rows = _rows(views, canvas, part if len(part) else _FIRST)
-                hidden_RTD = self.family.view_hidden(chosen, rows, is_packed=self.is_packed)
+                hidden_RTD = self.family.view_hidden(
+                    chosen, rows, is_packed=self.is_packed, is_read_RS=chosen.is_target_RS
+                )
                 if len(part):
                     token_RS[part] = target_argmax(self.family, hidden_RTD, chosen).cpu()
         return token_RS
@@ -209,6 +209,7 @@ class LocalEngine:
     ) -> Tensor:
         """`accumulate` of the views that `parts` name, one forward and backward per part, empty ones as in
         `score_parts`; NaN elsewhere."""
+        self.family.packs.drop()  # room for activations; the update outdates them anyway
         score_RS = torch.full(views.noisy_RS.shape, torch.nan)
         for part in parts:
             chosen, rows = _rows(views, canvas, part if len(part) else _FIRST)
@@ -219,7 +220,10 @@ class LocalEngine:
                 total = (weight_RS.to(score.device) * score).sum()
             else:
                 load = self.load_of_step if len(part) else None
-                hidden_RTD = self.family.view_hidden(chosen, rows, load, is_packed=self.is_packed)
+                is_read_RS = _read_positions(chosen, part, auxiliary)
+                hidden_RTD = self.family.view_hidden(
+                    chosen, rows, load, is_packed=self.is_packed, is_read_RS=is_read_RS
+                )
                 total, score = self.family.target_total(hidden_RTD, chosen, weight_RS)
                 if auxiliary is not None and len(part):
                     terms = self._aux_terms(hidden_RTD, chosen, auxiliary, part)
@@ -241,10 +245,10 @@ class LocalEngine:
 
     def save(self, directory: Path) -> None:
         save_family(self.family, directory)
-        save_file(self.optimizer.state(), directory / "trainer" / "optimizer.safetensors")
+        write_tensors(directory, "optimizer", self.optimizer.state())
         if self.critic is not None:
-            save_file(self.critic.state(), directory / "trainer" / "critic.safetensors")
-            save_file(self.critic_optimizer.state(), directory / "trainer" / "critic_optimizer.safetensors")
+            write_tensors(directory, "critic", self.critic.state())
+            write_tensors(directory, "critic_optimizer", self.critic_optimizer.state())
 
     def load(self, directory: Path) -> None:
         load_weights(self.family, directory)
@@ -300,6 +304,16 @@ class LocalEngine:
         return [rows[part] for part in forwards(length_R, self.train_recipe)]
 
 
+def write_tensors(directory: Path, name: str, tensors: dict[str, Tensor]) -> None:
+    """Write a file of the trainer's state into a checkpoint. Raises DareError if it cannot be written."""
+    path = directory / "trainer" / f"{name}.safetensors"
+    try:
+        save_file(tensors, path)
+    except (SafetensorError, OSError) as error:
+        what = f"the {name.replace('_', ' ')} state cannot be written"
+        raise DareError(what, where=str(path), got=str(error)) from None
+
+
 def read_tensors(directory: Path, name: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """A file of the trainer's state in a checkpoint. Raises DareError if it cannot be read."""
     path = directory / "trainer" / f"{name}.safetensors"
@@ -317,6 +331,16 @@ def replayed_rows(grad_RS: Tensor, auxiliary: AuxLoss | None) -> Tensor:
     if auxiliary is not None:
         is_run_R[auxiliary.view_A] = True
     return is_run_R.nonzero()[:, 0]
+
+
+def _read_positions(views: Views, part: Tensor, auxiliary: AuxLoss | None) -> Tensor:
+    """bool [R, S]: where the states of the views `part` are read: at targets, and where the auxiliary loss looks."""
+    if auxiliary is None or not len(part):
+        return views.is_target_RS
+    is_read_RS = views.is_target_RS.clone()
+    for row, view in enumerate(part.tolist()):
+        is_read_RS[row, auxiliary.position_A[auxiliary.view_A == view]] = True
+    return is_read_RS
 
 
 def _rows(views: Views, canvas: Canvas, part: Tensor) -> tuple[Views, Canvas]:

@@ -7,7 +7,7 @@ D width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -20,11 +20,12 @@ from dare.core.spec import FamilySpec
 from dare.core.types import AuxLoss, Canvas, Views
 from dare.diffusion import blocks
 from dare.families.config import Config, ModelSizes
-from dare.families.layers.attention import Cache, KVCache, Packed, Read, SharedContext, Visible
+from dare.families.layers.attention import Cache, KVCache, Read, SharedContext, Visible
 from dare.families.layers.head import chunk_rows, linear_logp, linear_total
 from dare.families.layers.moe import ExpertLoad
-from dare.families.layers.packing import Multiply, pack, packed_linears
+from dare.families.layers.packing import Multiply, PackedWeights
 from dare.families.network import Network as Network
+from dare.families.reading import sources_of, states_at
 from dare.families.streams import pack_streams
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ class Family:
         self.generation_config = generation_config
         self.buffer_dtypes = dict(buffer_dtypes or {})
         self.code_files = dict(code_files or {})
+        self.packs = PackedWeights()  # those of the last rollout
         self._head: Multiply | None = None
         self.adapter: Adapter | None = None  # see `dare.families.lora`
 
@@ -177,7 +179,8 @@ class Family:
         else:
             visible = blocks.block_causal_mask(position_BS // self._block_length(block_length), is_real_BS)
         hidden_BSD = self.hidden(input_BS, position_BS, visible)
-        return self.row_logits(self._aligned(hidden_BSD, is_real_BS).flatten(0, 1)).view(*input_BS.shape, -1)
+        hidden_BSD = _taken(hidden_BSD, self._sources(is_real_BS))
+        return self.row_logits(hidden_BSD.flatten(0, 1)).view(*input_BS.shape, -1)
 
     def view_logp(
         self, views: Views, canvas: Canvas, load: ExpertLoad | None = None, *, is_packed: bool = False
@@ -193,12 +196,22 @@ class Family:
         one sample share the context's stream where that saves tokens (`streams.py`).
         Logits exist only at targets, one chunk at a time.
         """
-        return self.target_logp(self.view_hidden(views, canvas, load, is_packed=is_packed), views)
+        hidden_RTD = self.view_hidden(views, canvas, load, is_packed=is_packed, is_read_RS=views.is_target_RS)
+        return self.target_logp(hidden_RTD, views)
 
     def view_hidden(
-        self, views: Views, canvas: Canvas, load: ExpertLoad | None = None, *, is_packed: bool = False
+        self,
+        views: Views,
+        canvas: Canvas,
+        load: ExpertLoad | None = None,
+        *,
+        is_packed: bool = False,
+        is_read_RS: Tensor | None = None,
     ) -> Tensor:
         """[R, T, D], T <= S: the final hidden states that score the token of each position of the noisy stream.
+
+        is_read_RS  bool: positions whose states will be read; elsewhere they may be 0, because the last layer computes
+                    only keys and values there. None: all positions
 
         Columns that are padding in every row are left out: they cost time and change nothing.
         """
@@ -210,15 +223,22 @@ class Family:
         is_real_RS = canvas.is_real_BS[:, :length].to(self.device)
         noisy_RS = views.noisy_RS[:, :length].to(self.device)
         position_RS = blocks.positions(is_real_RS)
+        source_RS = self._sources(is_real_RS)
+        if is_read_RS is None:
+            is_read_RS = is_real_RS
+        else:
+            is_read_RS = is_read_RS[:, :length].to(self.device)
+            is_read_RS = is_read_RS if source_RS is None else sources_of(source_RS, is_read_RS)
         if canvas.is_blockwise:
             context_RS = views.context_RS[:, :length].to(self.device)
             block_RS = canvas.block_BS[:, :length].to(self.device)
             streams = (noisy_RS, context_RS, position_RS, block_RS, is_real_RS)
-            hidden_RSD = self._noisy_hidden(views, *streams, load, is_packed)
+            hidden_RSD = self._noisy_hidden(views, *streams, is_read_RS, load, is_packed)
         else:
             real_RS, visible = is_real_RS if is_packed else None, blocks.full_mask(is_real_RS)
-            hidden_RSD = self._counted_hidden(noisy_RS, position_RS, visible, is_real_RS, load, real_RS)
-        return self._aligned(hidden_RSD, is_real_RS)
+            masks = (is_real_RS, is_read_RS)
+            hidden_RSD = states_at(self.network, noisy_RS, position_RS, visible, *masks, load, real_RS)
+        return _taken(hidden_RSD, source_RS)
 
     def target_logp(self, hidden_RTD: Tensor, views: Views) -> Tensor:
         """The result of `view_logp` from that of `view_hidden`."""
@@ -262,46 +282,30 @@ class Family:
         position_RS: Tensor,
         block_RS: Tensor,
         is_real_RS: Tensor,
+        is_read_RS: Tensor,
         load: ExpertLoad | None,
-        is_packed: bool = False,
+        is_packed: bool,
     ) -> Tensor:
         """[R, S, D]: hidden states of each noisy stream, read beside its clean context."""
         pack = pack_streams(views.sample_R.to(self.device), context_RS)
         if pack is None:
             ids_RT, position_RT = torch.cat([noisy_RS, context_RS], dim=1), position_RS.repeat(1, 2)
             visible = blocks.two_stream_mask(block_RS, is_real_RS)
-            is_counted_RT = torch.cat([is_real_RS, torch.zeros_like(is_real_RS)], dim=1)
+            none_RS = torch.zeros_like(is_read_RS)
+            counted_RT, read_RT = torch.cat([is_real_RS, none_RS], 1), torch.cat([is_read_RS, none_RS], 1)
             real_RT = is_real_RS.repeat(1, 2) if is_packed else None
-            both = self._counted_hidden(ids_RT, position_RT, visible, is_counted_RT, load, real_RT)
+            both = states_at(self.network, ids_RT, position_RT, visible, counted_RT, read_RT, load, real_RT)
             return both[:, : noisy_RS.shape[1]]
         first = pack.first_G
         shared = SharedContext(pack.num_streams, *blocks.shared_context_masks(block_RS[first], is_real_RS[first]))
         position_GT = position_RS[first].repeat(1, pack.num_streams + 1)
         ids_GT, is_counted_GT = pack.ids(noisy_RS, context_RS), pack.in_noisy_streams(is_real_RS)
+        is_read_GT = pack.in_noisy_streams(is_read_RS)
         real_GT = None
         if is_packed:  # the clean stream and the noisy streams that are used
             real_GT = torch.cat([is_real_RS[first], is_counted_GT[:, is_real_RS.shape[1] :]], dim=1)
-        return pack.views_of(self._counted_hidden(ids_GT, position_GT, shared, is_counted_GT, load, real_GT))
-
-    def _counted_hidden(
-        self,
-        ids_BT: Tensor,
-        position_BT: Tensor,
-        visible: Tensor | SharedContext | None,
-        is_counted_BT: Tensor,
-        load: ExpertLoad | None,
-        real_BT: Tensor | None,
-    ) -> Tensor:
-        """`hidden`, packed to the positions `real_BT` if given; the experts of the counted tokens are added to `load`.
-
-        Clean streams are not counted: how many there are depends on how views are packed.
-        """
-        if real_BT is not None:
-            packed = Packed.of(real_BT, visible)
-            with nullcontext() if load is None else load.counting(self.network, packed.pack(is_counted_BT)):
-                return packed.unpack(self.hidden(packed.pack(ids_BT), packed.pack(position_BT), packed))
-        with nullcontext() if load is None else load.counting(self.network, is_counted_BT):
-            return self.hidden(ids_BT, position_BT, visible)
+        hidden_GTD = states_at(self.network, ids_GT, position_GT, shared, is_counted_GT, is_read_GT, load, real_GT)
+        return pack.views_of(hidden_GTD)
 
     def hidden(self, ids_BT: Tensor, position_BT: Tensor, visible: Visible, cache: Cache | None = None) -> Tensor:
         """Hidden states [B, T, D] after the final norm; see `Network.forward`."""
@@ -325,8 +329,7 @@ class Family:
     @contextmanager
     def packed(self) -> Iterator[None]:
         """Matmuls without gradients are faster while the block runs, in which no weight may change (`packing.py`)."""
-        self._head = pack(self.network.head_weight)
-        with packed_linears(self.network):
+        with self.packs.linears(self.network, self.network.head_weight) as self._head:
             try:
                 yield
             finally:
@@ -338,17 +341,16 @@ class Family:
         sizes = (network.num_layers, batch_size, network.num_kv_heads, length, network.head_dim)
         return KVCache(*sizes, dtype=self.dtype, device=self.device)
 
-    def _aligned(self, hidden_BSD: Tensor, is_real_BS: Tensor) -> Tensor:
-        """Hidden states moved so that position i holds the one that scores token i.
+    def _sources(self, is_real_BS: Tensor) -> Tensor | None:
+        """int64 [B, S]: the position whose state scores the token of each position; None: its own.
 
         A shifted network scores token i from position i - 1, and a row's first token from itself.
         """
         if not self.spec.is_shifted:
-            return hidden_BSD
-        column_S = torch.arange(hidden_BSD.shape[1], device=hidden_BSD.device)
+            return None
+        column_S = torch.arange(is_real_BS.shape[1], device=is_real_BS.device)
         first_B1 = is_real_BS.int().argmax(-1, keepdim=True)
-        source_BS = torch.where(column_S > first_B1, column_S - 1, column_S)
-        return hidden_BSD.gather(1, source_BS[..., None].expand_as(hidden_BSD))
+        return torch.where(column_S > first_B1, column_S - 1, column_S)
 
     def _targets(self, length: int, views: Views) -> tuple[Tensor, Tensor, float]:
         """bool [R, T], int64 [N], float: where log-probs are asked for, of which tokens, and the logits' scale."""
@@ -383,6 +385,11 @@ class Family:
                 expected=f"0 <= id < {spec.vocab_size}",
                 fix="use the tokenizer that belongs to the checkpoint",
             )
+
+
+def _taken(hidden_BSD: Tensor, source_BS: Tensor | None) -> Tensor:
+    """[B, S, D]: at each position the state of its source."""
+    return hidden_BSD if source_BS is None else hidden_BSD.gather(1, source_BS[..., None].expand_as(hidden_BSD))
 
 
 def _scattered(logp_N: Tensor, is_target_RT: Tensor, views: Views) -> Tensor:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from dare.core.errors import DareError
+from dare.core.spec import BlockGrid
 
 Config = dict[str, Any]
+MAX_INTEGER, MAX_NUMBER, MAX_LAYERS = 2**31 - 1, 1e30, 1000  # beyond what any model has
 
 
 @dataclass(frozen=True)
@@ -118,16 +120,25 @@ class Fields:
         self.config = config
 
     def integer(self, name: str, default: int | None = None, *, minimum: int = 1) -> int:
-        """An integer >= `minimum`; an absent or null field takes `default` if there is one."""
+        """An integer from `minimum` to `MAX_INTEGER`; an absent or null field takes `default` if there is one."""
         value = self._value(name, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             raise self._wrong(name, value, f"an integer >= {minimum}")
+        if value > MAX_INTEGER:
+            raise self._wrong(name, value, f"an integer <= {MAX_INTEGER}")
+        return value
+
+    def layers(self, name: str) -> int:
+        """A number of layers: bounded, because a network is built layer by layer before its weights are looked at."""
+        value = self.integer(name)
+        if value > MAX_LAYERS:
+            raise self._wrong(name, value, f"at most {MAX_LAYERS} layers")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
-        """A positive number; an absent or null field takes `default` if there is one."""
+        """A positive number, at most `MAX_NUMBER`; an absent or null field takes `default` if there is one."""
         value = self._value(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MAX_NUMBER:
             raise self._wrong(name, value, "a positive number")
         return float(value)
 
@@ -137,6 +148,14 @@ class Fields:
         if not isinstance(value, bool):
             raise self._wrong(name, value, "true or false")
         return value
+
+    def block_grid(self) -> BlockGrid:
+        """Where the blocks of a block model count from; published configs have no such field and mean "sequence"."""
+        value = self._value("block_grid", "sequence")
+        if value not in get_args(BlockGrid):
+            raise self._wrong("block_grid", value, " or ".join(get_args(BlockGrid)))
+        grid: BlockGrid = value
+        return grid
 
     def token(self, name: str, vocab_size: int, default: int | None = None) -> int:
         """A token id below `vocab_size`."""
@@ -232,4 +251,4 @@ def matches_architecture(config: Config, model_type: str, architecture: str) -> 
 
 
 def _as_json(value: object) -> str:
-    return json.dumps(value, default=str)
+    return json.dumps(value, default=str)[:200]

@@ -25,7 +25,7 @@ class Critic:
 
     def view_value(self, views: Views, canvas: Canvas) -> Tensor:
         """float32 [R, S], differentiable: the value at each target; 0 elsewhere. `canvas` as in `Family.view_logp`."""
-        hidden_RTD = self.family.view_hidden(views, canvas)
+        hidden_RTD = self.family.view_hidden(views, canvas, is_read_RS=views.is_target_RS)
         length = hidden_RTD.shape[1]
         is_target_RT = views.is_target_RS[:, :length].to(self.family.device)
         value_RT = torch.where(is_target_RT, hidden_RTD.float() @ self.head, 0.0)

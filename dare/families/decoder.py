@@ -52,7 +52,7 @@ class StackedNetwork(Network):
         read: Read | None = None,
     ) -> Tensor:
         turn = rotation(position_BT, self.rotary_dim, self.rope_theta)
-        call = AttentionCall(position_BT, turn, visible, cache)
+        call = AttentionCall.begin(position_BT, turn, visible, cache)
         x_BTD: Tensor = self.embedding(ids_BT)
         for index, layer in enumerate(self.model.layers):
             last = call.reading(read) if index + 1 == self.num_layers else call

@@ -8,6 +8,9 @@ from torch import Tensor, nn
 from dare.core.types import Canvas, Views
 from dare.families.base import Family
 from dare.families.layers.moe import Experts, Router
+from dare.families.network import Network
+
+_KEYS_AND_VALUES = ("k_proj", "v_proj", "query_key_value")  # matrices whose result every token needs
 
 
 def active_parameters(family: Family) -> tuple[float, float]:
@@ -15,10 +18,14 @@ def active_parameters(family: Family) -> tuple[float, float]:
 
     Of a mixture's experts those that a token is sent to count, not all of them.
     """
-    network = family.network
+    return _active(family.network, family.network)
+
+
+def _active(network: Network, part: nn.Module) -> tuple[float, float]:
+    """`active_parameters` of a part of the network."""
     per_token = next((module.experts_per_token for module in network.modules() if isinstance(module, Router)), 0)
     total = trained = 0.0
-    for module in network.modules():
+    for module in part.modules():
         if isinstance(module, nn.Embedding):
             continue
         for parameter in module.parameters(recurse=False):
@@ -34,23 +41,39 @@ def training_flops(family: Family, views: Views, canvas: Canvas) -> float:
     """Floating-point operations of one forward and backward of the views; `canvas` has a row for each of them.
 
     Matrix products and attention scores of real tokens: no padding, nothing that is computed again. A block model's
-    clean stream counts once per sample. The backward costs as much as the forward for activations, and again for
-    weights that are trained. An operation is a multiplication or an addition.
+    clean stream counts once per sample. Of the last layer targets count, and the keys and values of the others; so do
+    all of a matrix that makes queries, keys and values at once. The backward costs as much as the forward for
+    activations, and again for weights that are trained. An operation is a multiplication or an addition.
     """
     total, trained = active_parameters(family)
-    length_R = canvas.is_real_BS.sum(-1).double()
+    length_R, num_R = canvas.is_real_BS.sum(-1).double(), views.is_target_RS.sum(-1).double()
     block_length = family.spec.block_length
     if canvas.is_blockwise:
         clean_R = torch.where(_is_first(views.sample_R), length_R, 0.0)
         num_tokens = float((length_R + clean_R).sum())
         num_pairs = float(((length_R + clean_R) * (length_R + block_length) / 2).sum())
+        num_read_pairs = float((num_R * (length_R + block_length) / 2).sum())
     else:
         num_tokens, num_pairs = float(length_R.sum()), float(length_R.square().sum())
+        num_read_pairs = float((num_R * length_R).sum())
     network, head = family.network, family.network.head_weight
-    attention = 4.0 * num_pairs * network.num_heads * network.head_dim * network.num_layers
-    num_targets = int(views.is_target_RS.sum())
+    pairs = num_pairs * (network.num_layers - 1) + num_read_pairs
+    attention = 4.0 * pairs * network.num_heads * network.head_dim
+    num_targets = float(num_R.sum())
+    spared, spared_trained = _read_only(network)
     layers = 2.0 * num_tokens * (2.0 * total + trained) + 3.0 * attention
+    layers -= 2.0 * (num_tokens - num_targets) * (2.0 * spared + spared_trained)
     return layers + 2.0 * num_targets * head.numel() * (2.0 + head.requires_grad)
+
+
+def _read_only(network: Network) -> tuple[float, float]:
+    """`active_parameters` of the last layer's matrices that only run where it is read."""
+    last = network.layers[-1]
+    counts = _active(network, last)
+    for name, module in last.named_modules():
+        if name.endswith(_KEYS_AND_VALUES):
+            counts = (counts[0] - _active(network, module)[0], counts[1] - _active(network, module)[1])
+    return counts
 
 
 def _is_first(sample_R: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ def load_tokenizer(path: str | Path) -> Any:
     try:
         # A blank config, because transformers does not know the families' config.json and would warn about it.
         return AutoTokenizer.from_pretrained(folder, config=PretrainedConfig(), trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except Exception as error:  # `tokenizers` raises nothing more specific for a malformed file
         raise DareError(
             "the tokenizer cannot be loaded",
             where=str(folder),
@@ -86,6 +86,21 @@ def encode_messages(
     tokenizer: Any, messages: Iterable[Message], *, is_open: bool, where: str | None = None
 ) -> list[int]:
     """Ids of a conversation; `is_open` adds the header of an assistant turn. Errors as in `encode_prompt`."""
+    ids: list[int] = _apply_template(
+        tokenizer, messages, {"add_generation_prompt": is_open, "return_dict": False}, where
+    )
+    return ids
+
+
+def render_messages(tokenizer: Any, messages: Iterable[Message], *, is_open: bool, where: str | None = None) -> str:
+    """A conversation as text; `is_open` adds the header of an assistant turn, otherwise the last message stays open
+    for its continuation. Errors as in `encode_prompt`."""
+    how = {"add_generation_prompt": is_open, "continue_final_message": not is_open, "tokenize": False}
+    text: str = _apply_template(tokenizer, messages, how, where)
+    return text
+
+
+def _apply_template(tokenizer: Any, messages: Iterable[Message], how: dict[str, bool], where: str | None) -> Any:
     from jinja2 import TemplateError
 
     if not tokenizer.chat_template:
@@ -98,11 +113,12 @@ def encode_messages(
     for message in plain:
         _check_characters(tokenizer, message.get("content", ""))
     try:
-        ids: list[int] = tokenizer.apply_chat_template(plain, add_generation_prompt=is_open, return_dict=False)
+        if _is_character_level(tokenizer):
+            _check_characters(tokenizer, tokenizer.apply_chat_template(plain, **{**how, "tokenize": False}))
+        return tokenizer.apply_chat_template(plain, **how)
     except TemplateError as error:
         roles = ", ".join(message.get("role", "?") for message in plain)
         raise DareError(f"the chat template refuses the messages: {error}", where=where, got=f"roles {roles}") from None
-    return ids
 
 
 def generation_spans(
@@ -157,12 +173,19 @@ def token_piece(tokenizer: Any, token: int) -> str:
     return str(token) if name is None else str(name)
 
 
-def _check_characters(tokenizer: Any, text: str) -> None:
-    """A character tokenizer has no token for the unknown: dropping or replacing characters would change the problem."""
+def _is_character_level(tokenizer: Any) -> bool:
     from tokenizers.models import WordLevel
 
-    if not tokenizer.is_fast or not isinstance(tokenizer.backend_tokenizer.model, WordLevel):
+    return bool(tokenizer.is_fast and isinstance(tokenizer.backend_tokenizer.model, WordLevel))
+
+
+def _check_characters(tokenizer: Any, text: str) -> None:
+    """A character tokenizer has no token for the unknown: dropping or replacing characters would change the problem."""
+    if not _is_character_level(tokenizer):
         return
+    if not tokenizer.split_special_tokens:
+        for token in tokenizer.all_special_tokens:
+            text = text.replace(token, "")
     known = {token for token in tokenizer.get_vocab() if token not in tokenizer.all_special_tokens}
     unknown = sorted(set(text) - known)
     if unknown:

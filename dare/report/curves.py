@@ -9,6 +9,7 @@ from typing import Literal
 from dare.report.run_data import Record, RunData
 
 Unit = Literal["percent", "number"]
+ORDERED_TONES = ("n0", "n1", "n2", "n3", "n4")  # of curves that have an order among themselves
 _MAX_POINTS = 300  # a longer curve is averaged in bins of consecutive steps
 
 
@@ -32,6 +33,7 @@ class Chart:
     series: list[Series]
     note: str = ""
     x_name: str = "step"  # what the numbers in `Series.steps` count
+    has_latest: bool = True  # whether the last value of the last curve says something by itself
 
 
 # (title, unit, training metrics with their labels, evaluation metric)
@@ -51,7 +53,8 @@ _CHARTS: tuple[tuple[str, Unit, tuple[tuple[str, str], ...], str | None], ...] =
     ("Groups that are trained on", "percent", (("kept_groups", "share of groups"),), None),
     ("Tokens per forward", "number", (("tokens_per_forward", "rollouts"),), "tokens_per_forward"),
 )
-_NOISE_TITLE = "Loss by share of masked tokens, smoothed, nats per token"
+_NOISE_TITLE = "Loss by noise level, nats per token"
+_NOISE_NOTE = "share of masked tokens; smoothed"
 _NOISE_PREFIX = "nll_at/"
 _SMOOTHING_SHARE = 0.05  # time constant of a smoothed curve, of the run's length
 
@@ -71,7 +74,7 @@ def charts(run: RunData, reference: list[Record] | None = None) -> list[Chart]:
         if any(item.tone is None for item in present):
             found.append(Chart(title, unit, present, _note(run.metrics, [name for name, _ in metrics])))
     levels = _by_noise(run.metrics)
-    return found + ([Chart(_NOISE_TITLE, "number", levels)] if levels else [])
+    return found + ([Chart(_NOISE_TITLE, "number", levels, _NOISE_NOTE, has_latest=False)] if levels else [])
 
 
 def smoothed(values: list[float], time_constant: float) -> list[float]:
@@ -88,12 +91,13 @@ def _by_noise(records: list[Record]) -> list[Series]:
     """One smoothed curve per noise level: single steps have few tokens of each."""
     names = sorted({name for record in records for name in record if name.startswith(_NOISE_PREFIX)}, key=_lower_end)
     series = []
-    for name in names:
+    for index, name in enumerate(names):
         points = [(float(r["step"]), float(r[name])) for r in records if _is_finite(r.get(name))]
         values = smoothed([value for _, value in points], len(records) * _SMOOTHING_SHARE)
         stride = math.ceil(len(points) / _MAX_POINTS) or 1
         label = f"{name.removeprefix(_NOISE_PREFIX)} %"
-        series.append(Series(label, [step for step, _ in points][::stride], values[::stride]))
+        steps = [step for step, _ in points]
+        series.append(Series(label, steps[::stride], values[::stride], tone=ORDERED_TONES[index % len(ORDERED_TONES)]))
     return series
 
 

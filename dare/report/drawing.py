@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from dare.report.curves import Chart, Series, Unit
 
 WIDTH, HEIGHT = 340.0, 190.0
+SMALL = (215.0, 125.0)  # of many charts of one kind; texts keep their size
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 10.0, 8.0, 24.0
+_TICK_WIDTH = 68.0  # pixels per label of the horizontal axis, about
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Stroke:
     """One series: a path, the closed path of its band ("" if none), and point positions with their hover text.
 
     tone  "a" for what training measures, "b" for held-out evaluations and for the second of two curves, "c" for what a
-          run is compared with, "quiet" for a background
+          run is compared with, "n0" to "n4" for curves in an order, "quiet" for a background
     """
 
     label: str
@@ -36,14 +38,22 @@ class Stroke:
 class Drawing:
     title: str
     note: str
-    latest: str  # the last value of the last series of the run
+    latest: str  # the last value of the last series of the run; "" if it says nothing
     x_ticks: list[Tick]
     y_ticks: list[Tick]
     strokes: list[Stroke]
+    width: float = WIDTH
+    height: float = HEIGHT
     left: float = _LEFT
-    right: float = WIDTH - _RIGHT
     top: float = _TOP
-    bottom: float = HEIGHT - _BOTTOM
+
+    @property
+    def right(self) -> float:
+        return self.width - _RIGHT
+
+    @property
+    def bottom(self) -> float:
+        return self.height - _BOTTOM
 
 
 @dataclass(frozen=True)
@@ -57,20 +67,24 @@ class _Scale:
         return round(self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start), 1)
 
 
-def draw(chart: Chart) -> Drawing:
-    """Scale a chart with at least one point to the drawing area."""
+def draw(chart: Chart, size: tuple[float, float] = (WIDTH, HEIGHT)) -> Drawing:
+    """Scale a chart with at least one point to a drawing of so many pixels across and down."""
+    width, height = size
     steps = [step for series in chart.series for step in series.steps]
     values = [value for series in chart.series for value in (*series.values, *(series.low or ()), *(series.high or ()))]
-    x = _Scale(*_spread(0.0, max(steps)), _LEFT, WIDTH - _RIGHT)
+    x = _Scale(*_spread(0.0, max(steps)), _LEFT, width - _RIGHT)
     low, high = _value_range(values, chart.unit)
-    y = _Scale(low, high, HEIGHT - _BOTTOM, _TOP)
+    y = _Scale(low, high, height - _BOTTOM, _TOP)
+    x_values = ticks(x.low, x.high, max(2, round(width / _TICK_WIDTH)))
     return Drawing(
         title=chart.title,
         note=chart.note,
-        latest=label(_own(chart).values[-1], chart.unit),
-        x_ticks=[Tick(x(value), label(value, "number")) for value in ticks(x.low, x.high, 5) if value == round(value)],
+        latest=label(_own(chart).values[-1], chart.unit) if chart.has_latest else "",
+        x_ticks=[Tick(x(value), label(value, "number")) for value in x_values if value == round(value)],
         y_ticks=[Tick(y(value), label(value, chart.unit)) for value in ticks(low, high, 4)],
         strokes=[_stroke(series, x, y, chart, index) for index, series in enumerate(chart.series)],
+        width=width,
+        height=height,
     )
 
 

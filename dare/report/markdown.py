@@ -38,9 +38,11 @@ def render_markdown(run: RunData, comparison: Comparison) -> str:
     if shown:
         lines += ["| prompt | completion | reward | solved |", "|---|---|---:|---|"]
     for pair in shown:
-        solved = "yes" if pair.after.get("is_solved") else "no"
+        is_solved = pair.after.get("is_solved")
+        solved = "–" if is_solved is None else "yes" if is_solved else "no"
+        reward = number(float(pair.after["reward"])) if "reward" in pair.after else "–"
         texts = f"{_code(pair.prompt)} | {_code(str(pair.after['completion']))}"
-        lines.append(f"| {texts} | {number(float(pair.after['reward']))} | {solved} |")
+        lines.append(f"| {texts} | {reward} | {solved} |")
     return "\n".join(lines) + "\n"
 
 

@@ -124,7 +124,8 @@ def _facts(run: RunData) -> list[tuple[str, str]]:
         facts.append(("task", str(recipe["task"].get("name"))))
     model = recipe.get("model", {})
     created = model.get("create")
-    facts.append(("model", f"new {created.get('family')}" if created else str(model.get("path", "?"))))
+    is_new = isinstance(created, dict)  # anything may be in the file of a damaged run
+    facts.append(("model", f"new {created.get('family')}" if is_new else str(model.get("path", "?"))))
     of = f" of {run.num_steps}" if run.num_steps else ""
     facts.append(("steps", f"{run.last_step}{of}"))
     if "seed" in recipe:
@@ -138,9 +139,12 @@ def _samples_note(run: RunData, num: int) -> str:
     if not num:
         return ""
     step = run.samples[-1]["step"]
-    if any(sample.get("split", "eval") == "eval" for sample in run.samples):
-        return f"The first {num} held-out problems of the last evaluation."
-    return f"{num} rollouts of step {step}."
+    splits = {sample.get("split", "eval") for sample in run.samples}
+    if "eval" in splits:
+        return f"The first {num} held-out problems of the last evaluation. Nothing is selected by its reward."
+    if "shown" in splits:
+        return f"Rows of the data, decoded at step {step} to look at; nothing judges them."
+    return f"{num} rollouts of step {step}. Nothing is selected by its reward."
 
 
 def _origin(run: RunData) -> str:

@@ -6,21 +6,22 @@ import math
 from pathlib import Path
 from typing import Any
 
-from dare.report.curves import Chart
+from dare.report.curves import ORDERED_TONES, Chart
 
 _COLOURS = ("#0068a8", "#c04a00")
+_ORDERED = ("#d19a00", "#5b9e2d", "#0f8a8a", "#3b5fc0", "#6a2c91")
 _COLOUR_OF_TONE = {"a": _COLOURS[0], "b": _COLOURS[1], "c": "#007a5a", "quiet": "#c9d1d9"}
-_NUM_COLUMNS = 3
+_COLOUR_OF_TONE |= dict(zip(ORDERED_TONES, _ORDERED, strict=True))
 
 
-def save_plots(charts: list[Chart], title: str, directory: Path) -> None:
+def save_plots(charts: list[Chart], title: str, directory: Path, num_columns: int = 3) -> None:
     """Write curves.png and curves.svg. The SVG holds no date and no random ids, so equal runs give equal files."""
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     with mpl.rc_context({"svg.hashsalt": "dare", "svg.fonttype": "none", "font.size": 9, "axes.unicode_minus": True}):
-        num_columns = min(_NUM_COLUMNS, max(len(charts), 1))
+        num_columns = min(num_columns, max(len(charts), 1))
         num_rows = max(math.ceil(len(charts) / num_columns), 1)
         figure = Figure(figsize=(4.0 * num_columns, 2.7 * num_rows), layout="constrained")
         FigureCanvasAgg(figure)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,12 @@ import yaml
 
 from dare.core.errors import DareError
 from dare.core.files import complete_lines
+from dare.core.secrets import hide_secrets
+from dare.core.yaml_text import load_yaml
 
 Record = dict[str, Any]
 
+_PACKAGE = "dare-dllm"
 _NUMBER = (int, float)
 _NEEDED: dict[str, dict[str, Any]] = {
     "metrics": {"step": int},
@@ -35,12 +40,9 @@ _NEEDED: dict[str, dict[str, Any]] = {
         "uid": str,
         "prompt": str,
         "completion": str,
-        "reward": _NUMBER,
-        "parts": dict,
-        "is_solved": bool,
     },
 }
-_TEXTS = ("task", "split", "uid", "prompt", "completion", "finish", "status", "name", "error")
+_TEXTS = ("task", "split", "uid", "prompt", "completion", "reference", "finish", "status", "name", "error")
 _LISTS = ("tokens", "step_map", "logp", "block")
 _MAPPINGS = ("decode", "parts", "versions", "machine")
 _SECTIONS = ("model", "algorithm", "task", "decode", "train", "optimizer", "evaluation", "checkpoint", "log", "data")
@@ -161,7 +163,7 @@ def _read_log(path: Path, needed: dict[str, Any], unread: list[str]) -> list[Rec
     for line in complete_lines(path):
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             num_bad += 1
             continue
         # Metrics may be NaN: charts leave such steps out and say how many.
@@ -204,17 +206,29 @@ def _read_info(path: Path, unread: list[str]) -> Record:
         return {}
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         info = None
-    if isinstance(info, dict):
-        return _understood(info)
-    unread.append("run.json cannot be read")
-    return {}
+    if not isinstance(info, dict):
+        unread.append("run.json cannot be read")
+        return {}
+    info = _understood(info)
+    writer, reader = str(info.get("versions", {}).get(_PACKAGE, "")), version(_PACKAGE)
+    if _parts(writer) > _parts(reader):
+        unread.append(
+            f"the run was written by DARE {writer}, which is newer than this one ({reader}): some of it may be left out"
+        )
+    return info
+
+
+def _parts(version_text: str) -> list[int]:
+    """The numbers of a version, so that versions can be compared; what follows them is ignored."""
+    release = re.match(r"\d+(\.\d+)*", version_text)
+    return [int(part) for part in release[0].split(".")] if release else []
 
 
 def _parse_recipe(text: str, unread: list[str]) -> Record:
     try:
-        recipe = yaml.safe_load(text) or {}
+        recipe = load_yaml(hide_secrets(text)) or {}
     except yaml.YAMLError:
         recipe = None
     if not isinstance(recipe, dict):

@@ -8,6 +8,8 @@ from dare.report.run_data import Record
 from dare.terminal.text import visible
 
 NUM_SHADES = 8
+_HELD_OUT = ("eval", "shown")  # shown: rows of data that nobody judges
+_WORDS = {"train": "rollouts", "shown": "completions of rows"}
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Order:
 
 def pairs(samples: list[Record], limit: int) -> list[Pair]:
     """The first `limit` problems of the last evaluation, in file order; the last rollouts if there was none."""
-    held_out = [sample for sample in samples if sample.get("split", "eval") == "eval"]
+    held_out = _held_out(samples)
     if not held_out:
         return [Pair(str(sample["prompt"]), None, sample) for sample in _last(samples)[:limit]]
     first_step = held_out[0]["step"]
@@ -52,8 +54,7 @@ def pairs(samples: list[Record], limit: int) -> list[Pair]:
 def orders(samples: list[Record], limit: int) -> list[Order]:
     """The denoising order of the first `limit` completions of the last evaluation that recorded one."""
     recorded = [sample for sample in samples if _has_order(sample)]
-    held_out = [sample for sample in recorded if sample.get("split", "eval") == "eval"]
-    return [_order(sample) for sample in _last(held_out or recorded)[:limit]]
+    return [_order(sample) for sample in _last(_held_out(recorded) or recorded)[:limit]]
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,17 @@ def browser(samples: list[Record], max_groups: int, max_samples: int) -> list[Gr
     found = []
     for (step, split), members in sorted(groups.items(), reverse=True)[:max_groups]:
         shown = members[:max_samples]
-        num_solved = sum(bool(sample.get("is_solved")) for sample in members)
-        title = f"step {step}, {'rollouts' if split == 'train' else split}: {num_solved} of {len(members)} solved"
+        judged = [bool(sample["is_solved"]) for sample in members if "is_solved" in sample]
+        result = f": {sum(judged)} of {len(judged)} solved" if judged else ""
+        title = f"step {step}, {_WORDS.get(split, split)}{result}"
         found.append(Group(title, [(s, _order(s) if _has_order(s) else None) for s in shown]))
     return found
+
+
+def _held_out(samples: list[Record]) -> list[Record]:
+    """Samples of evaluations, or else of rows that are decoded to look at."""
+    by_split = {name: [s for s in samples if s.get("split", "eval") == name] for name in _HELD_OUT}
+    return next((found for found in by_split.values() if found), [])
 
 
 def _has_order(sample: Record) -> bool:
@@ -106,7 +114,8 @@ def _order(sample: Record) -> Order:
                 hover=_hover(step, logp),
             )
         )
-    title = f"{_count(len(steps), 'token')} in {_count(len(ranks), 'step')}, reward {float(sample['reward']):.4g}"
+    reward = f", reward {float(sample['reward']):.4g}" if "reward" in sample else ""
+    title = f"{_count(len(steps), 'token')} in {_count(len(ranks), 'step')}{reward}"
     return Order(str(sample["prompt"]), title, cells)
 
 

@@ -15,8 +15,13 @@ def environment() -> Environment:
         undefined=StrictUndefined,
         keep_trailing_newline=True,
     )
-    found.filters.update(percent=percent, number=number, points=points, visible=visible)
+    found.filters.update(percent=percent, number=number, points=points, visible=visible, lines=lines)
     return found
+
+
+def lines(text: str) -> str:
+    """What a model or a data set wrote, in its own lines; everything else invisible is shown."""
+    return visible(text, keep="\n")
 
 
 def points(share: float) -> str:

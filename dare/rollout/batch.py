@@ -74,6 +74,13 @@ class Batch:
             score_BS=torch.zeros_like(block_BS, dtype=torch.float32),
         )
 
+    def put(self, row: int, other: Batch) -> None:
+        """Replace a row by the only one of another batch, which is as wide as this one."""
+        for mine, theirs in ((self, other), (self.canvas, other.canvas)):
+            for item in dataclasses.fields(mine):
+                if item.name.endswith(("_B", "_BS")):
+                    getattr(mine, item.name)[row] = getattr(theirs, item.name)[0]
+
     def branch(self, index_H: Tensor, sample_id_H: Tensor, stop_H: Tensor) -> Batch:
         """A copy of the chosen rows, in that order, that goes on under other sample ids to another stop.
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dare.core.errors import DareError
-from dare.core.rng import Key
+from dare.core.rng import Draws
 from dare.core.types import Drafts
 from dare.families.base import Family
 from dare.rollout.batch import Batch
@@ -46,7 +46,7 @@ class DraftLog:
         family: Family,
         batch: Batch,
         plan: Plan,
-        key: Key,
+        key: Draws,
         row_H: Tensor,
         is_masked_HK: Tensor,
         hidden: Hidden,

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dare.core.decode import Decode
 from dare.core.errors import DareError
-from dare.core.rng import Key
+from dare.core.rng import Draws, Key
 from dare.core.types import TraceBatch
 from dare.diffusion import unmask
 from dare.diffusion.trace import is_eos
@@ -101,7 +101,7 @@ def denoise(
     order, twins = _admission(prompts)
     meter = meter or Meter()
     meter.switch("packing")
-    with torch.no_grad(), plan.weights(family):
+    with plan.running(family):
         meter.switch("bookkeeping")
         batch = begin_batch(family, plan, trace, torch.arange(len(prompts)))
         live = Live(batch, order, twins, decode.batch_size)
@@ -137,7 +137,7 @@ class Run:
 
     family: Family
     plan: Plan
-    key: Key
+    key: Draws
     batch: Batch
     live: Live
     log: DraftLog | None = None

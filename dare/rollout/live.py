@@ -26,18 +26,26 @@ class Live:
                common is computed once
         """
         self.batch = batch
-        self.twins = twins
+        self.twins = list(twins)
         self.row_H = torch.zeros(0, dtype=torch.int64, device=batch.start_B.device)
         self.width = 0
         self.first = batch.start_B.tolist()  # where each row's first block begins
         self._end = batch.end_B.tolist()
-        self.capacity = min(capacity, len(order))
+        self.capacity = min(capacity, len(self.twins))
         self._seats = Seats(order, self.capacity)
         self._num_waiting = Counter(twins[row] for row in order)
 
     @property
     def rows(self) -> list[int]:
         return self._seats.rows
+
+    def join(self, row: int, twin: int) -> None:
+        """Queue a row of the batch that holds another prompt than before, or the first one."""
+        self._num_waiting = +self._num_waiting  # forget twins of rows that are long gone
+        self._num_waiting[twin] += 1
+        self.twins[row] = twin
+        self.first[row], self._end[row] = int(self.batch.start_B[row]), int(self.batch.end_B[row])
+        self._seats.join(row)
 
     def update(self) -> Change:
         """Rows that are done or pause leave, others take their place."""

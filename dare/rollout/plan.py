@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
+
+import torch
 
 from dare.core.decode import Decode
 from dare.core.errors import DareError
 from dare.diffusion.unmask import find_policy, is_first_forced
 from dare.families.base import Family
+from dare.rollout.heap import kept_heap
 
 _MAX_POST_STEPS = 16
 _MIN_STEPS_TO_PACK = 8  # packing weights takes as long as a few steps save
@@ -44,11 +48,22 @@ class Plan:
         """Temperature of the log-probs at commit; greedy decoding reports plain probabilities."""
         return self.decode.temperature or 1.0
 
-    def weights(self, family: Family) -> AbstractContextManager[None]:
-        """Around a rollout: packed weights where they pay."""
+    @property
+    def min_total_steps(self) -> int:
+        """Denoising steps of a completion that is not ended early; of a policy without a schedule at least so many."""
         num_blocks = -(-self.decode.gen_length // self.block_length)
-        num_steps = num_blocks * (1 if self.decode.is_dynamic else self.num_steps)
-        return family.packed() if num_steps >= _MIN_STEPS_TO_PACK else nullcontext()
+        return num_blocks * (1 if self.decode.is_dynamic else self.num_steps)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether packing the weights takes less time than it saves."""
+        return self.min_total_steps >= _MIN_STEPS_TO_PACK
+
+    @contextmanager
+    def running(self, family: Family) -> Iterator[None]:
+        """Around a rollout: no gradients, and on a CPU packed weights where they pay, and memory that is kept."""
+        with torch.no_grad(), family.packed() if self.is_packed else nullcontext(), kept_heap():
+            yield
 
 
 def make_plan(family: Family, decode: Decode) -> Plan:

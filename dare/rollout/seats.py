@@ -37,6 +37,10 @@ class Seats:
         """Whether somebody waits although not all seats are taken."""
         return bool(self._queue) and len(self.rows) < self._capacity
 
+    def join(self, row: int) -> None:
+        """Queue another row."""
+        self._queue.append(row)
+
     def update(self, is_live: Sequence[bool]) -> Change:
         """Let rows go and others in; `is_live` says of each seat whether its row stays."""
         left = [row for row, stays in zip(self.rows, is_live, strict=True) if not stays]

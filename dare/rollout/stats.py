@@ -5,9 +5,11 @@ from __future__ import annotations
 from dare.core.types import TraceBatch
 from dare.diffusion.trace import scored_mask
 
+_FROM = {"steps": ("nfe", "tokens_per_forward"), "logp": ("commit_nll",)}
+
 
 def rollout_stats(trace: TraceBatch) -> dict[str, float]:
-    """Means over the rows of a rollout.
+    """Means over the rows of a rollout; what a rollout server did not return is left out.
 
     nfe                 denoising forwards per row
     completion_length   tokens through the first EOS
@@ -23,7 +25,7 @@ def rollout_stats(trace: TraceBatch) -> dict[str, float]:
     num_tokens = int(is_scored_BS.sum())
     num_forwards = int(trace.nfe_B.sum())
     eos_rate = int(trace.is_eos_B.sum()) / num_rows
-    return {
+    found = {
         "nfe": num_forwards / num_rows,
         "completion_length": num_tokens / num_rows,
         "tokens_per_forward": num_tokens / num_forwards,
@@ -32,3 +34,5 @@ def rollout_stats(trace: TraceBatch) -> dict[str, float]:
         "commit_nll": -float(trace.logp_BS[is_scored_BS].double().mean()),
         "padding_share": 1.0 - float(trace.canvas.is_real_BS.double().mean()),
     }
+    absent = [name for part in trace.missing for name in _FROM[part]]
+    return {name: value for name, value in found.items() if name not in absent}

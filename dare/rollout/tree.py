@@ -62,7 +62,7 @@ def grow_trees(
     trace = empty_trace(family, plan, canvas, sample_ids, weights_version)
     levels: list[list[Tensor]] = [[] for _ in range(len(branching) + 1)]
     roots_T = torch.arange(0, len(prompts), num_leaves)
-    with torch.no_grad(), plan.weights(family):
+    with plan.running(family):
         for root_T in torch.split(roots_T, max(1, decode.batch_size // num_leaves)):
             batch = begin_batch(family, plan, trace, root_T)
             leaf_row_H = root_T

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from dare.core.files import whole_directory, write_json, write_text
@@ -14,6 +15,8 @@ from dare.studies.run import cell_folder
 from dare.studies.study import Cell, Plan
 from dare.studies.summary import summarize
 from dare.studies.tables import results_json, runs_csv, summary_csv
+
+_MANY = 12  # charts, from which the picture gets more columns
 
 
 def build_study_report(plan: Plan, cells: Sequence[Cell], out: Path) -> Path:
@@ -29,5 +32,10 @@ def build_study_report(plan: Plan, cells: Sequence[Cell], out: Path) -> Path:
         write_text(temporary / "summary.csv", summary_csv(tables))
         write_text(temporary / "runs.csv", runs_csv(results))
         write_json(temporary / "results.json", results_json(plan, results, tables, origin))
-        save_plots([chart for table in tables for chart in study_charts(table, unit)], plan.study.name, temporary)
+        charts = [
+            replace(chart, title=f"{table.panel.name}: {chart.title}")
+            for table in tables
+            for chart in study_charts(table, unit)
+        ]
+        save_plots(charts, plan.study.name, temporary, num_columns=5 if len(charts) > _MANY else 3)
     return out / "report"

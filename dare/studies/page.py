@@ -6,21 +6,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dare.core.secrets import hide_secrets
 from dare.report.curves import Chart, Series
-from dare.report.drawing import Drawing, draw
+from dare.report.drawing import SMALL, Drawing, draw
 from dare.report.templating import environment, points
 from dare.studies.results import Missing, Result
 from dare.studies.study import Plan
-from dare.studies.summary import Row, Table, overall
+from dare.studies.summary import Row, Table, listed, overall
 from dare.terminal.text import duration, percent
 
 _MIN_PAIRS = 3
+_SCALES = (0.05, 0.1, 0.2, 0.5)  # where the axis of a panel's solve rates may end, if not at 1
 
 
 @dataclass(frozen=True)
 class View:
+    """A panel. `scale` is the solve rate at the end of the axis; `recipes` has (algorithm, resolved recipe)."""
+
     table: Table
+    headlines: list[str]
     drawings: list[Drawing]
+    scale: float
+    recipes: list[tuple[str, str]]
 
 
 def render_study(
@@ -38,14 +45,37 @@ def render_study(
         num_done=len(results) - num_missing,
         num_missing=num_missing,
         baseline=baseline_of(plan),
-        headlines=[line for table in tables for line in headlines(table, baseline_of(plan))],
-        views=[View(table, [draw(chart) for chart in study_charts(table, study.budget.unit)]) for table in tables],
-        ranking=overall(tables),
+        views=[_view(plan, table, results) for table in tables],
+        ranking=_ranking(tables),
         unit=study.budget.unit,
-        tuned=_listed(["the algorithm with its options", *study.tuned]),
+        tuned=listed(["the algorithm with its options", *study.tuned]),
         origin_words=_origin_words(origin),
-        recipes=_recipes(results),
     )
+
+
+def _view(plan: Plan, table: Table, results: Sequence[Result | Missing]) -> View:
+    highest = max([*(row.solve_rate.high for row in table.rows), table.start or 0.0])
+    cells = [item.cell for item in results if item.cell.panel == table.panel]
+    first = {cell.algorithm: cell for cell in reversed(cells)}
+    return View(
+        table=table,
+        headlines=headlines(table, baseline_of(plan)),
+        drawings=[draw(chart, SMALL) for chart in study_charts(table, plan.study.budget.unit)],
+        scale=next((scale for scale in _SCALES if highest <= scale), 1.0),
+        recipes=[
+            (name, hide_secrets(first[name].recipe.dump_yaml()))
+            for name in dict.fromkeys(cell.algorithm for cell in cells)
+        ],
+    )
+
+
+def _ranking(tables: Sequence[Table]) -> list[tuple[str, list[tuple[float, float] | None], float]]:
+    """(algorithm, its rank and mean solve rate in each table or None, mean rank), the best first."""
+    rates = [{row.algorithm: row.solve_rate.mean for row in table.rows} for table in tables]
+    return [
+        (name, [None if rank is None else (rank, rates[i][name]) for i, rank in enumerate(places)], mean)
+        for name, places, mean in overall(tables)
+    ]
 
 
 def baseline_of(plan: Plan) -> str:
@@ -70,7 +100,7 @@ def headlines(table: Table, baseline: str) -> list[str]:
     best = table.rows[0]
     start = "" if table.start is None else f", from {percent(table.start)} at the start"
     lines = [
-        f"{table.panel.name}: {best.algorithm} solves most, {percent(best.solve_rate.mean)} "
+        f"{best.algorithm} solves most, {percent(best.solve_rate.mean)} "
         f"({percent(best.solve_rate.low)} to {percent(best.solve_rate.high)}{start})."
     ]
     for row in table.rows:
@@ -84,10 +114,10 @@ def headlines(table: Table, baseline: str) -> list[str]:
         lines.append(f"No difference from {baseline} is significant at 5% with these seeds.")
     fallen = [row.algorithm for row in table.rows if table.start is not None and row.solve_rate.high < table.start]
     if fallen:
-        lines.append(f"Below the start checkpoint, interval and all: {_listed(fallen)}.")
+        lines.append(f"Below the start checkpoint, interval and all: {listed(fallen)}.")
     hidden = [row.algorithm for row in table.rows if _hides_failure(row)]
     if hidden:
-        lines.append(f"The reward rose while the solve rate did not: {_listed(hidden)}.")
+        lines.append(f"The reward rose while the solve rate did not: {listed(hidden)}.")
     return lines
 
 
@@ -132,12 +162,3 @@ def _origin_words(origin: dict[str, Any]) -> str:
     state = "" if git is None else f"commit {git['commit'][:12]}{' with changes' if git['is_changed'] else ''}"
     machine = f"{hardware['num_cpus']} x {hardware['cpu']}, {hardware['memory_gib']} GiB, {hardware['system']}"
     return " · ".join(part for part in (*versions, f"Python {origin['python']}", state, machine) if part)
-
-
-def _recipes(results: Sequence[Result | Missing]) -> list[tuple[str, str]]:
-    """The resolved recipe of every run."""
-    return [(item.cell.name, item.cell.recipe.dump_yaml()) for item in results]
-
-
-def _listed(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

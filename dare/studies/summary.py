@@ -85,9 +85,7 @@ def _table(plan: Plan, panel: Panel, items: Sequence[Result | Missing]) -> Table
     for item in items:
         if isinstance(item, Result):
             by_name.setdefault(item.cell.algorithm, []).append(item)
-    notes = [
-        f"{item.cell.algorithm}, seed {item.cell.seed}: {item.reason}" for item in items if isinstance(item, Missing)
-    ]
+    notes = _missing_notes([item for item in items if isinstance(item, Missing)])
     starts = sorted(
         {result.curve[0].solve_rate for results in by_name.values() for result in results if _has_start(result)}
     )
@@ -115,6 +113,25 @@ def _table(plan: Plan, panel: Panel, items: Sequence[Result | Missing]) -> Table
     impossible = {name: reason for (where, name), reason in plan.impossible.items() if where == panel}
     rows.sort(key=lambda row: (row.rank, row.algorithm))
     return Table(panel, starts[0] if starts else None, rows, impossible, notes)
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names as a sentence has them: "a, b and c"."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _missing_notes(items: Sequence[Missing]) -> list[str]:
+    """What is missing, in a line for all seeds and algorithms that lack the same thing for the same reason."""
+    seeds: dict[tuple[str, str], list[str]] = {}
+    for item in items:
+        seeds.setdefault((item.cell.algorithm, item.reason), []).append(str(item.cell.seed))
+    algorithms: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for (algorithm, reason), found in seeds.items():
+        algorithms.setdefault((reason, tuple(found)), []).append(algorithm)
+    return [
+        f"{listed(names)}, {'seed' if len(found) == 1 else 'seeds'} {listed(found)}: {reason}"
+        for (reason, found), names in algorithms.items()
+    ]
 
 
 def _has_start(result: Result) -> bool:

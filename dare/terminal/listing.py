@@ -38,7 +38,7 @@ def _rows(table: str) -> str:
     if table == "algorithms":
         return _algorithm_rows()
     if table == "recipes":
-        rows = [(str(path), _headline(path)) for path in recipe_files()]
+        rows = [(str(path), headline(path)) for path in recipe_files()]
     else:
         rows = [(name, row.summary) for name, row in TABLES[table].items()]
     width = max((len(name) for name, _ in rows), default=0)
@@ -58,7 +58,7 @@ def _algorithm_rows() -> str:
     return "\n".join(lines)
 
 
-def _headline(recipe: Path) -> str:
+def headline(recipe: Path) -> str:
     """The comment that a recipe starts with."""
     first = recipe.read_text(encoding="utf-8").partition("\n")[0]
     return first.removeprefix("#").strip() if first.startswith("#") else ""

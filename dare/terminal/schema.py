@@ -45,7 +45,9 @@ def _keys(model: type[BaseModel], prefix: str) -> Iterator[Key]:
             yield Key(prefix + name, _type_name(field.annotation), _default(field), field.description or "")
         elif issubclass(nested, Plugin):
             known = ", ".join(TABLES[nested.table])
-            yield Key(f"{prefix}{name}.name", "str", _default(field), f"one of {known}; its options stand beside it")
+            default = field.get_default(call_default_factory=True, validated_data={})
+            shown = default.name if isinstance(default, Plugin) else _default(field)
+            yield Key(f"{prefix}{name}.name", "str", shown, f"one of {known}; its options stand beside it")
         else:
             yield from _keys(nested, f"{prefix}{name}.")
 

@@ -45,6 +45,7 @@ class Rollouts:
         self._generate = generate
         self._is_ahead = is_ahead
         self._next: Rollout | None = None
+        self._taken: Rollout | None = None
 
     def take(self, step: int) -> Rollout:
         """The rollout of `step`, after which that of the next step is made if this run is ahead."""
@@ -52,14 +53,19 @@ class Rollouts:
         if found.step != step:
             raise ValueError(f"the rollout at hand is that of step {found.step}, not {step}")
         self._next = Rollout(step + 1, step - 1, self._generate(step + 1)) if self._is_ahead else None
+        self._taken = found
         return found
 
-    def save(self, directory: Path) -> None:
-        """Add what is ahead to the trainer's state in a checkpoint; nothing in a run that is not ahead."""
-        if self._next is None:
+    def save(self, directory: Path, step: int) -> None:
+        """Add the rollout after `step`, if it was made ahead, to the trainer's state in a checkpoint of that step.
+
+        A run may stop before the update that a rollout was taken for; then that one is the next of the checkpoint.
+        """
+        ahead = [made for made in (self._taken, self._next) if made is not None and made.step == step + 1]
+        if not self._is_ahead or not ahead:
             return
-        tensors, plain = _flat(self._next.trace, "")
-        info = {"step": self._next.step, "weights_step": self._next.weights_step, "trace": plain}
+        tensors, plain = _flat(ahead[0].trace, "")
+        info = {"step": ahead[0].step, "weights_step": ahead[0].weights_step, "trace": plain}
         save_file(tensors, _path(directory), metadata={_NAME: json.dumps(info)})
 
     def load(self, directory: Path) -> None:

@@ -17,12 +17,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field, NonNegativeInt, ValidationError
+
 from dare.core.engine import Engine
 from dare.core.errors import DareError
 from dare.core.files import read_json, whole_directory, write_json
+from dare.core.options import Options
+from dare.core.recipe_errors import explain
 
 _FORMAT = 1
 BEST_NAME = "best"
+
+
+class _StoredState(Options):
+    """trainer/state.json."""
+
+    format: int
+    step: int = Field(ge=0)
+    seed: int = Field(ge=0)
+    log_bytes: dict[str, NonNegativeInt]
+    files: dict[str, NonNegativeInt]
 
 
 @dataclass(frozen=True)
@@ -81,7 +95,8 @@ def write_checkpoint(
 
 def list_checkpoints(directory: Path) -> list[Path]:
     """Finished checkpoints, oldest first."""
-    return sorted(path for path in directory.glob("step-*") if path.is_dir())
+    found = [path for path in directory.glob("step-*") if path.name[5:].isdecimal() and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
 
 
 def read_state(checkpoint: Path) -> TrainerState:
@@ -100,12 +115,16 @@ def read_state(checkpoint: Path) -> TrainerState:
     if not isinstance(data, dict) or data.get("format") != _FORMAT:
         got = data.get("format") if isinstance(data, dict) else type(data).__name__
         raise DareError("the trainer state has an unknown format", where=str(path), got=got, expected=_FORMAT)
-    for name, size in data["files"].items():
+    try:
+        stored = _StoredState.model_validate(data)
+    except ValidationError as error:
+        raise explain(error, _StoredState, where=str(path), what="the trainer state is") from None
+    for name, size in stored.files.items():
         file = checkpoint / name
         have = file.stat().st_size if file.is_file() else "no file"
         if have != size:
             raise DareError("the checkpoint is damaged", where=str(file), got=have, expected=f"{size} bytes")
-    return TrainerState(step=data["step"], seed=data["seed"], log_bytes=data["log_bytes"])
+    return TrainerState(step=stored.step, seed=stored.seed, log_bytes=stored.log_bytes)
 
 
 def resolve_model_path(path: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 from dare.core.data_recipe import DataRecipe, EosPolicy
 from dare.core.decode import Decode
 from dare.core.errors import DareError
+from dare.core.rng import Key
 from dare.core.spec import FamilySpec
 from dare.core.text import Message
 from dare.data.formats import NO_LOSS
@@ -16,6 +17,7 @@ from dare.data.rows import AnyRow, EncodedRow, Messages, PairRow, PreferencePair
 from dare.families.tokenizer import decode as decode_text
 from dare.families.tokenizer import encode_messages, encode_text, generation_spans, turn_end
 from dare.tasks.base import Task
+from dare.training.crop import cropped
 
 RowT = TypeVar("RowT")
 
@@ -47,9 +49,17 @@ class RowEncoder:
     """Rows to token ids, for one tokenizer, data recipe and family; counts in `tally` what is left out or cut."""
 
     def __init__(
-        self, tokenizer: Any, data: DataRecipe, decode: Decode, spec: FamilySpec, tally: Tally | None = None
+        self,
+        tokenizer: Any,
+        data: DataRecipe,
+        decode: Decode,
+        spec: FamilySpec,
+        tally: Tally | None = None,
+        key: Key | None = None,
     ) -> None:
+        """`key` draws which rows are cropped and to what length; without one none is."""
         self.tokenizer = tokenizer
+        self.key, self.crop_rate = key, data.crop_rate
         self.spec = spec
         self.tally = Tally() if tally is None else tally
         self.eos: EosPolicy = data.eos or ("block" if spec.attention == "block_causal" else "fill")
@@ -135,16 +145,18 @@ class RowEncoder:
 
     def _pieces(self, row: TextRow) -> list[EncodedRow]:
         """Raw text and its EOS, cut into rows of at most `max_length` tokens, on a block grid into whole blocks."""
-        if self.text_eos == "fill":
-            raise DareError("eos: fill is for completions", where="data.eos", fix="set eos: one or none for raw text")
+        if self.text_eos in ("fill", "fill_row"):
+            raise DareError(
+                f"eos: {self.text_eos} is for completions", where="data.eos", fix="set eos: one or none for raw text"
+            )
         ids = self._encode_text(row.where, row.text)
         self._check_ids(row.where, ids)
         ids += self._eos_tail(0, ids, self.text_eos)
-        size = self.max_length
-        if self.spec.attention == "block_causal":
-            size -= size % self.block_length if size > self.block_length else 0
-        cuts = [ids[start : start + size] for start in range(0, len(ids), size)]
-        return [EncodedRow(f"{row.uid}/{i}", [], piece, [True] * len(piece)) for i, piece in enumerate(cuts)]
+        unit = self.block_length if self.spec.attention == "block_causal" else 1
+        size = self.max_length - (self.max_length % unit if self.max_length > unit else 0)
+        rows = {f"{row.uid}/{start // size}": ids[start : start + size] for start in range(0, len(ids), size)}
+        cut_rows = {uid: cropped(ids, self.crop_rate, self.key, uid, unit) for uid, ids in rows.items()}
+        return [EncodedRow(uid, [], ids, [True] * len(ids)) for uid, ids in cut_rows.items()]
 
     def _labelled(self, row: TokenRow) -> list[EncodedRow]:
         """Ids as they come, without an EOS of our own; what follows the last token with loss is left out."""
@@ -171,7 +183,10 @@ class RowEncoder:
             return []
         if policy == "fill":
             return eos * (self.gen_length - len(completion_ids))
-        tail = [] if completion_ids[-1:] and completion_ids[-1] in self.spec.eos_ids else eos
+        if policy == "fill_row":
+            return eos * (self.max_length - num_prompt - len(completion_ids))
+        is_complete = bool(completion_ids) and completion_ids[-1] in self.spec.eos_ids
+        tail = [] if is_complete or policy == "align" else eos
         if policy == "one":
             return tail
         end = len(completion_ids) + len(tail) + (num_prompt if self.spec.block_grid == "sequence" else 0)

@@ -98,7 +98,7 @@ def _stream(
     for index, source in enumerate(sources):
         own = key if len(sources) == 1 else key.fold("source", index)
         opener = _Epochs(
-            source, encode, lambda counted: RowEncoder(tokenizer, data, recipe.decode, spec, counted), tally
+            source, encode, lambda counted: RowEncoder(tokenizer, data, recipe.decode, spec, counted, key), tally
         )
         if source.is_in_memory:
             streams.append(Shuffled(require_rows(list(opener()), tally), own))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from dare.data.order import Stream, batch_at
 from dare.data.rows import EncodedRow, Example, LabelledRow, PreferencePair
 from dare.diffusion.trace import to_completions
 from dare.families.tokenizer import decode as decode_text
+from dare.families.tokenizer import token_piece
 from dare.tasks.base import Task
 from dare.training.online import evaluate_held_out
 from dare.training.reference import ReferenceStore, check_store, score_missing
@@ -104,10 +105,14 @@ def _validate(session: Session, engine: Engine, held_out: Sequence[EncodedRow], 
     if options is None:
         return
     size, block_length = recipe.train.batch_size, recipe.decode.block_length
-    parts = (held_out[start : start + size] for start in range(0, len(held_out), size))
+
+    def batches() -> Iterator[Samples]:
+        for start in range(0, len(held_out), size):
+            session.watchdog.beat()
+            yield rows_to_samples(engine, held_out[start : start + size], block_length)
+
     with session.phase("validate"):
-        batches = (rows_to_samples(engine, part, block_length) for part in parts)
-        result = validate(engine, batches, Key(recipe.seed).fold("validation"), options.num_masks)
+        result = validate(engine, batches(), Key(recipe.seed).fold("validation"), options.num_masks)
     session.record_validation(step, result)
     if options.is_best_kept and session.standing is not None and session.standing.best_step == step:
         session.save_best(step, engine, tokenizer)
@@ -120,7 +125,7 @@ def _show_completions(session: Session, engine: Engine, rows: Sequence[EncodedRo
     shown = [row for row in rows[:_NUM_SHOWN] if 0 < len(row.prompt_ids) <= longest]
     if not shown:
         return
-    session.reporter.phase("samples")
+    session.enter("samples")
     prompts, ids = [row.prompt_ids for row in shown], [stable_id(row.uid) for row in shown]
     trace = engine.generate(prompts, recipe.decode, Key(recipe.seed).fold("samples"), ids)
     records = []
@@ -134,7 +139,7 @@ def _show_completions(session: Session, engine: Engine, rows: Sequence[EncodedRo
                 "reference": decode_text(tokenizer, row.completion_ids),
                 "finish": completion.finish,
                 "nfe": completion.nfe,
-                "tokens": tokenizer.convert_ids_to_tokens(completion.tokens),
+                "tokens": [token_piece(tokenizer, token) for token in completion.tokens],
                 "step_map": completion.step_map,
                 "logp": [round(value, 4) for value in completion.logp],
             }
@@ -158,6 +163,7 @@ def _reference_store(session: Session, engine: Engine, algorithm: Algorithm[Any]
         return store
     with session.phase("reference"):
         for step in range(1, recipe.train.steps + 1):
+            session.watchdog.beat()
             samples, key = rows.at(step)
             views = draw_views(engine, algorithm, samples, key.fold(0))
             score_missing(store, engine, views, samples)
@@ -168,9 +174,9 @@ def _reference_store(session: Session, engine: Engine, algorithm: Algorithm[Any]
 
 def _identity(recipe: Recipe) -> str:
     """Which model a run starts from, in words."""
-    model = recipe.model
+    model, bits = recipe.model, None if recipe.lora is None else recipe.lora.quantize_base
     source = model.path if model.create is None else f"new {model.create.model_dump_json()}, seed {recipe.seed}"
-    return f"{source} ({model.dtype})"
+    return f"{source} ({model.dtype}{f', base in {bits}' if bits else ''})"
 
 
 def rows_to_samples(

@@ -47,7 +47,7 @@ def run_online(session: Session, engine: Engine, algorithm: Algorithm[Any], task
     rollouts = _rollouts(session, engine, algorithm, task, tokenizer, key)
     if session.first_step == 0 and recipe.evaluation.at_start:
         evaluate_held_out(session, engine, task, tokenizer, step=0)
-    for step in range(session.first_step + 1, recipe.train.steps + 1):
+    for step in session.steps():
         distinct = _prompts_of_step(recipe, task, step, key)
         prompts = _repeated(distinct, recipe.train.completions_per_prompt)
         with session.phase("rollout"):
@@ -84,7 +84,7 @@ def run_online(session: Session, engine: Engine, algorithm: Algorithm[Any], task
         if session.is_due(recipe.evaluation.every, step):
             evaluate_held_out(session, engine, task, tokenizer, step)
         if session.is_due(recipe.checkpoint.every, step):
-            session.save(step, engine, tokenizer, rollouts.save)
+            session.save(step, engine, tokenizer)
 
 
 def _rollouts(
@@ -102,7 +102,7 @@ def _rollouts(
             recipe.decode,
             key.fold("rollout", step),
             sample_ids,
-            session.reporter.advance,
+            session.advance,
             has_drafts="drafts" in algorithm.needs,
             branching=algorithm.branching(num),
         )
@@ -110,6 +110,7 @@ def _rollouts(
     rollouts = Rollouts(generate, is_ahead=recipe.train.overlap == "one_step")
     if session.resumed_from is not None:
         rollouts.load(session.resumed_from)
+    session.write_more = rollouts.save
     return rollouts
 
 
@@ -137,9 +138,9 @@ def build_samples(
         advantage_B=advantage_B,
         group_B=group_B,
         mask_id=trace.mask_id,
-        step_map_BS=trace.step_map_BS,
+        step_map_BS=None if "steps" in trace.missing else trace.step_map_BS,
         is_rewritten=trace.edits is not None or trace.decode.get("remask", "none") != "none",
-        rollout_logp_BS=trace.logp_BS,
+        rollout_logp_BS=None if "logp" in trace.missing else trace.logp_BS,
         rollout_temperature=trace.temperature or 1.0,
         eos_ids=trace.eos_ids,
         reward_B=reward_B,
@@ -177,7 +178,7 @@ def judge_drafts(
         prompt, text, is_finished = prompts[row], decode_text(tokenizer, tokens), tokens[-1:] in ends
         draft = (prompt.uid, text, len(tokens), is_finished)
         if draft not in known:
-            parts = mix.trained(task.reward(prompt, text), len(tokens), is_finished=is_finished)
+            parts = mix.trained(task.judge(prompt, text), len(tokens), is_finished=is_finished)
             known[draft] = mix.total(parts)
         rewards.append(known[draft])
     return replace(drafts, reward_D=torch.tensor(rewards, dtype=torch.float32))
@@ -202,11 +203,11 @@ def rollout_metrics(trace: TraceBatch, scored: list[Scored], samples: Samples) -
 def evaluate_held_out(session: Session, engine: Engine, task: Task[Any], tokenizer: Any, step: int) -> None:
     """Evaluate on held-out problems and log the result."""
     recipe = session.recipe
-    session.reporter.phase("evaluate")
+    session.enter("evaluate")
     decode = recipe.decode.model_copy(update={"temperature": recipe.evaluation.temperature})
 
     def generate(prompts: list[list[int]], decode: Decode, key: Key, sample_ids: list[int]) -> TraceBatch:
-        return engine.generate(prompts, decode, key, sample_ids, session.reporter.advance)
+        return engine.generate(prompts, decode, key, sample_ids, session.advance)
 
     result, records = evaluate_task(
         generate,

@@ -12,37 +12,33 @@ checkpoints/
 
 from __future__ import annotations
 
+import os
 import platform
 import resource
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import yaml
 
 from dare.core.engine import Engine
 from dare.core.errors import DareError
-from dare.core.files import JsonLines, read_lines, write_json, write_text
+from dare.core.files import JsonLines, read_lines, settle, write_json, write_text
 from dare.core.recipe import Recipe
-from dare.training.checkpoint import (
-    BEST_NAME,
-    TrainerState,
-    list_checkpoints,
-    read_state,
-    save_checkpoint,
-    write_checkpoint,
-)
+from dare.core.secrets import hide_secrets
+from dare.training.checkpoint import BEST_NAME, TrainerState, save_checkpoint, write_checkpoint
+from dare.training.resume import Resume, check_same_recipe, choose_checkpoint, lock_folder, require_new_folder
+from dare.training.stop import StopRequest, StopSignals
 from dare.training.throughput import peak_tflops, utilisation
 from dare.training.trackers import Tracker, build_trackers
 from dare.training.validation import Standing, is_out_of_patience, standing
+from dare.training.watchdog import Watchdog
 
 _LOGS = ("metrics", "timing", "eval", "validation", "samples")
-_FREE_IN_TRAIN = ("steps", "micro_batch_views", "micro_batch_tokens", "pack_length", "recompute")
-_MAY_CHANGE = (("executor",), ("log",), ("checkpoint",), *(("train", key) for key in _FREE_IN_TRAIN))
 
 
 class Reporter(Protocol):
@@ -59,36 +55,94 @@ class Reporter(Protocol):
 
 
 class Session:
-    """Opened once per process; `first_step` steps were already done by earlier processes."""
+    """Opened once per process; `first_step` steps were already done by earlier processes.
 
-    def __init__(self, recipe: Recipe, run_dir: Path, reporter: Reporter, *, is_resumed: bool) -> None:
+    `done_step` is the step whose end weights and logs stand at: there a stop loses nothing. None in between.
+    `write_more(folder, step)`, if a loop sets it, adds what the loop has to keep to each checkpoint.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        run_dir: Path,
+        reporter: Reporter,
+        *,
+        resume: Resume = "never",
+        stop: StopSignals | None = None,
+    ) -> None:
         self.recipe = recipe
         self.run_dir = run_dir
         self.reporter = reporter
         self.checkpoints = run_dir / "checkpoints"
-        self.resumed_from = self._find_checkpoint(is_resumed)
-        state = read_state(self.resumed_from) if self.resumed_from else None
-        self.first_step = state.step if state else 0
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_text(run_dir / "recipe.yaml", recipe.dump_yaml())
-        self.logs = {name: JsonLines(run_dir / f"{name}.jsonl") for name in _LOGS}
-        for name, log in self.logs.items():
-            log.truncate(state.log_bytes.get(name, 0) if state else 0)
-        self.validations = read_lines(run_dir / "validation.jsonl")
-        self.last_step = recipe.train.steps
-        if is_out_of_patience(self.validations, recipe.validation):
-            self.last_step = self.first_step
-        self.trackers: list[Tracker] = build_trackers(recipe, run_dir)
+        self.place = "start"
+        self.write_more: Callable[..., None] | None = None
+        self._running_step = 0
+        self._stop = stop
+        self._open = ExitStack()
         self._timings: dict[str, float] = {}
         self._peak = peak_tflops(recipe.log.peak_tflops)
         self._started = time.perf_counter()
+        with ExitStack() as opened:
+            self._open_folder(opened, resume)
+            self._open = opened.pop_all()
+
+    def _open_folder(self, opened: ExitStack, resume: Resume) -> None:
+        """Lock the folder, find where to go on, cut the logs back to it."""
+        has_run = (self.run_dir / "recipe.yaml").exists()
+        if has_run:
+            require_new_folder(self.run_dir, resume)
+            check_same_recipe(self.run_dir / "recipe.yaml", self.recipe)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        opened.enter_context(lock_folder(self.run_dir))
+        for directory in (self.run_dir, self.checkpoints):
+            settle(directory)
+        chosen = choose_checkpoint(self.run_dir, resume) if has_run else None
+        state = chosen.state if chosen else None
+        self.resumed_from = chosen.path if chosen else None
+        self.first_step = state.step if state else 0
+        self.done_step: int | None = self.first_step
+        self._saved_step = self.first_step
+        write_text(self.run_dir / "recipe.yaml", hide_secrets(self.recipe.dump_yaml()))
+        self.logs = {name: JsonLines(self.run_dir / f"{name}.jsonl") for name in _LOGS}
+        for name, log in self.logs.items():
+            opened.callback(log.close)
+            log.truncate(state.log_bytes.get(name, 0) if state else 0)
+        self.validations = read_lines(self.run_dir / "validation.jsonl")
+        self.last_step = self.recipe.train.steps
+        if is_out_of_patience(self.validations, self.recipe.validation):
+            self.last_step = self.first_step
+        self.trackers: list[Tracker] = build_trackers(self.recipe, self.run_dir)
+        for tracker in self.trackers:
+            opened.callback(tracker.close)
         self._write_status("running")
-        reporter.start(recipe, run_dir, self.first_step, recipe.train.steps)
+        timeout_s = self.recipe.train.step_timeout_s
+        self.watchdog = Watchdog(timeout_s, self.run_dir / "hang.txt", self._record_hang)
+        self.reporter.start(self.recipe, self.run_dir, self.first_step, self.recipe.train.steps)
+        for warning in chosen.warnings if chosen else ():
+            self.reporter.message(f"warning: {warning}")
+
+    def enter(self, name: str) -> None:
+        """A part of the current step begins: shown, a sign of life, and where a stop loses nothing the place for it.
+
+        Raises StopRequest if a signal asked for it.
+        """
+        self.place = f"step {self._running_step}, {name}"
+        self.watchdog.beat()
+        self._end_if_asked()
+        self.reporter.phase(name)
+
+    def advance(self, done: int, total: int) -> None:
+        """Part of a phase is done. Raises as `enter`."""
+        self.watchdog.beat()
+        self._end_if_asked()
+        self.reporter.advance(done, total)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time a part of the current step and show it."""
-        self.reporter.phase(name)
+        """Time a part of the current step and show it. Raises as `enter`."""
+        self.enter(name)
+        if name == "update":
+            self.done_step = None
         start = time.perf_counter()
         yield
         self._timings[f"{name}_s"] = self._timings.get(f"{name}_s", 0.0) + time.perf_counter() - start
@@ -111,7 +165,9 @@ class Session:
         step = self.first_step
         while step < self.last_step:
             step += 1
+            self._running_step = step
             yield step
+            self.done_step = step
 
     def record_validation(self, step: int, result: dict[str, Any]) -> None:
         """Log a held-out loss; without an improvement for too long, `step` becomes the last one."""
@@ -155,14 +211,24 @@ class Session:
         """Whether something that happens every so many steps, and at the end, happens after `step`."""
         return step == self.last_step or (every is not None and step % every == 0)
 
-    def save(self, step: int, engine: Engine, tokenizer: Any, write_more: Callable[[Path], None] | None = None) -> Path:
-        self.reporter.phase("save")
-        keep_last = self.recipe.checkpoint.keep_last
-        return save_checkpoint(self.checkpoints, engine, tokenizer, self._state(step), keep_last, write_more)
+    def save(self, step: int, engine: Engine, tokenizer: Any) -> Path:
+        self.enter("save")
+        state, keep_last = self._state(step), self.recipe.checkpoint.keep_last
+        more = None if self.write_more is None else partial(self.write_more, step=step)
+        path = save_checkpoint(self.checkpoints, engine, tokenizer, state, keep_last, more)
+        self._saved_step = step
+        return path
+
+    def save_done(self, engine: Engine, tokenizer: Any) -> int | None:
+        """Save the last step that is done, if it is not saved yet; which step the newest checkpoint is of then."""
+        if self.done_step is not None and self.done_step > self._saved_step:
+            self._stop = None  # asked for and heard
+            self.save(self.done_step, engine, tokenizer)
+        return self._saved_step or None
 
     def save_best(self, step: int, engine: Engine, tokenizer: Any) -> Path:
         """Keep the current weights as the best ones, apart from the newest checkpoints."""
-        self.reporter.phase("save")
+        self.enter("save")
         target = self.checkpoints / BEST_NAME
         write_checkpoint(target, engine, tokenizer, self._state(step))
         return target
@@ -172,38 +238,33 @@ class Session:
         return TrainerState(step=step, seed=self.recipe.seed, log_bytes=log_bytes)
 
     def close(self, status: str, **summary: Any) -> dict[str, Any]:
-        """Write the final status and close the logs; returns the summary."""
+        """Write the final status, if a failed run's disk lets it, and close the logs; returns the summary."""
         seconds = round(time.perf_counter() - self._started, 1)
-        self._write_status(status, seconds=seconds, **summary)
-        for log in self.logs.values():
-            log.close()
-        for tracker in self.trackers:
-            tracker.close()
+        try:
+            self._write_status(status, seconds=seconds, **summary)
+        except OSError:
+            if status != "failed":
+                raise
+        self._open.close()
         summary = {"status": status, "run_dir": str(self.run_dir), "seconds": seconds, **summary}
         self.reporter.finish(summary)
         return summary
 
-    def _find_checkpoint(self, is_resumed: bool) -> Path | None:
-        has_run = (self.run_dir / "recipe.yaml").exists()
-        if has_run and not is_resumed:
-            raise DareError(
-                "the output folder already holds a run",
-                where=str(self.run_dir),
-                fix="continue it with --resume, or choose another --out",
-            )
-        if not is_resumed or not has_run:
-            return None
-        before = yaml.safe_load((self.run_dir / "recipe.yaml").read_text(encoding="utf-8"))
-        changed = _differences(_fixed_part(before), _fixed_part(self.recipe.model_dump(mode="json")))
-        if changed:
-            raise DareError(
-                "the recipe differs from the one that this run was started with",
-                where=str(self.run_dir / "recipe.yaml"),
-                got="; ".join(changed),
-                fix="resume with the same recipe, or start a new run with another --out",
-            )
-        found = list_checkpoints(self.checkpoints)
-        return found[-1] if found else None
+    def _end_if_asked(self) -> None:
+        if self._stop is not None and self._stop.received is not None and self.done_step is not None:
+            raise StopRequest
+
+    def _record_hang(self, what: str) -> None:
+        """Called by the watchdog's thread, after which the process ends."""
+        error = DareError(
+            "the run hangs",
+            where=self.place,
+            got=what,
+            fix=f"look at the stacks in {self.watchdog.path}; --resume auto continues from the last checkpoint; "
+            "set train.step_timeout_s higher for longer steps",
+        )
+        os.write(2, f"error: {error}\n".encode())
+        self._write_status("hung", error=str(error))
 
     def _write_status(self, status: str, **more: Any) -> None:
         packages = {name: version(name) for name in ("dare-dllm", "torch", "transformers", "peft", "reasoning-gym")}
@@ -211,28 +272,6 @@ class Session:
         if torch.cuda.is_available():
             machine["gpu"] = torch.cuda.get_device_name()
         record = {"status": status, "name": self.recipe.name, "seed": self.recipe.seed, "versions": packages}
-        write_json(
-            self.run_dir / "run.json", {**record, "python": platform.python_version(), "machine": machine, **more}
-        )
-
-
-def _fixed_part(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Flat dotted keys of everything that a resumed run may not change."""
-    flat: dict[str, Any] = {}
-
-    def walk(node: Any, path: tuple[str, ...]) -> None:
-        if path in _MAY_CHANGE:
-            return
-        if isinstance(node, dict):
-            for key, value in node.items():
-                walk(value, (*path, str(key)))
-        else:
-            flat[".".join(path)] = node
-
-    walk(recipe, ())
-    return flat
-
-
-def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    keys = sorted(before.keys() | after.keys())
-    return [f"{k}: {before.get(k)!r} -> {after.get(k)!r}" for k in keys if before.get(k) != after.get(k)]
+        record |= {"python": platform.python_version(), "machine": machine, **more}
+        shown = {key: hide_secrets(value) if isinstance(value, str) else value for key, value in record.items()}
+        write_json(self.run_dir / "run.json", shown)

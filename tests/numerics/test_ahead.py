@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 
 from dare.core.checks import check
 from dare.core.decode import Decode
-from dare.core.errors import DareError
+from dare.core.errors import DareError, Interrupted
 from dare.core.recipe import Recipe, parse_recipe
 from dare.core.rng import Key
 from dare.core.types import Samples
@@ -94,6 +95,30 @@ def test_a_resumed_run_continues_what_was_ahead(
     else:
         assert weights[0] == pytest.approx(1.0, abs=1e-4)
         assert any(abs(weight - 1.0) > 1e-3 for weight in weights[1:])
+
+
+class StoppingReporter(NullReporter):
+    """Asks the run to stop in the reward phase of step `step`, between a rollout and its update."""
+
+    def __init__(self, step: int) -> None:
+        self._left = step
+
+    def phase(self, name: str) -> None:
+        self._left -= name == "reward"
+        if name == "reward" and self._left == 0:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_run_stopped_before_an_update_keeps_the_rollout_it_was_made_for(
+    tiny_checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    whole = recipe_of(tiny_checkpoints["llada"], "espo")
+    train(whole, tmp_path / "whole", NullReporter())
+    with pytest.raises(Interrupted, match="step 1 is saved"):
+        train(whole, tmp_path / "parts", StoppingReporter(2))
+    train(whole, tmp_path / "parts", NullReporter(), is_resumed=True)
+    for name in ("metrics.jsonl", "eval.jsonl"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_a_damaged_rollout_is_one_error(tiny_checkpoints: dict[str, Path], tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import platform
+import resource
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dare.bench.reference import sample_plainly
+from dare.bench.reference import PlainRow, sample_plainly
 from dare.core.decode import Decode
 from dare.core.rng import Key
 from dare.core.types import TraceBatch
@@ -23,6 +25,7 @@ from dare.families.layers.attention import Read
 from dare.families.weights import create_family
 from dare.rollout import engine
 from dare.rollout.engine import StepEvent, denoise
+from dare.rollout.heap import kept_heap
 from dare.rollout.meter import Meter
 from dare.rollout.plan import Plan, make_plan
 from dare.rollout.seats import Seats
@@ -38,10 +41,11 @@ def run(
     return denoise(family, prompts, Decode(**(BASE | options)), Key(0), list(range(len(prompts))), meter=meter)
 
 
-def whole(trace: TraceBatch) -> list[list[int]]:
-    """Completions with what follows an EOS."""
+def whole(trace: TraceBatch) -> list[PlainRow]:
+    """Completions with what follows an EOS, and their step maps."""
     canvas = trace.canvas
-    return [ids[here].tolist() for ids, here in zip(canvas.input_BS, canvas.is_completion_BS, strict=True)]
+    rows = zip(canvas.input_BS, trace.step_map_BS, canvas.is_completion_BS, strict=True)
+    return [PlainRow(ids[here].tolist(), steps[here].tolist()) for ids, steps, here in rows]
 
 
 def ending_early(family: Family, num_eos: int = 16) -> Family:
@@ -60,7 +64,7 @@ def ending_early(family: Family, num_eos: int = 16) -> Family:
     ("name", "cache"),
     [("llada", "none"), ("llada", "prefix"), ("llada", "dual"), ("sdar", "auto"), ("llada2_0", "auto")],
 )
-def test_greedy_tokens_are_those_of_a_plain_sampler(
+def test_greedy_tokens_and_steps_are_those_of_a_plain_sampler(
     name: str, cache: str, batch_size: int, options: dict[str, Any]
 ) -> None:
     family, decode = golden_family(name), Decode(**BASE | options | {"cache": cache, "batch_size": batch_size})
@@ -255,6 +259,46 @@ def test_packed_weights_give_the_same_and_follow_updates(monkeypatch: pytest.Mon
     torch.testing.assert_close(plain.logp_BS, packed[0].logp_BS, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_packed_again_when_a_single_bit_has_changed(dtype: torch.dtype) -> None:
+    if not packing.is_faster(dtype):
+        pytest.skip("no packed matmul on this machine")
+    weight = torch.nn.Parameter(torch.randn(256, 256, generator=torch.Generator().manual_seed(0)).to(dtype))
+    packs, eye = packing.PackedWeights(), torch.eye(256, dtype=dtype)
+    first = packs._packed(weight)
+    assert packs._packed(weight) is first
+    for row, column, update in ((0, 0, 1), (255, 255, 1), (17, 100, -3)):
+        unit = torch.int32 if dtype == torch.float32 else torch.int16
+        weight.data.view(unit)[row, column] += update
+        multiply = packs.multiplier(weight)
+        assert multiply is not None
+        assert torch.equal(multiply(eye), weight.data.T)
+    weight.data.copy_(weight.data[torch.arange(256).roll(1)])
+    multiply = packs.multiplier(weight)
+    assert multiply is not None
+    assert torch.equal(multiply(eye), weight.data.T)
+
+
+def test_packed_copies_stay_behind_and_follow_the_bias(wide_family: Family) -> None:
+    if not packing.is_faster(torch.float32):
+        pytest.skip("no packed matmul on this machine")
+    family = copy.deepcopy(wide_family)
+    run(family)
+    kept = dict(family.packs._kept)
+    assert kept
+    assert not copy.deepcopy(family).packs._kept
+    run(family)
+    assert all(family.packs._kept[weight][1] is pair[1] for weight, pair in kept.items())
+    family.packs.drop()
+    assert not family.packs._kept
+    linear = torch.nn.Linear(256, 256)
+    for _ in range(2):
+        multiply = family.packs.multiplier(linear.weight, linear.bias)
+        assert multiply is not None
+        torch.testing.assert_close(multiply(torch.ones(256)), linear(torch.ones(256)), rtol=0, atol=1e-4)
+        linear.bias = torch.nn.Parameter(torch.full((256,), 7.0))
+
+
 def test_weights_are_unpacked_after_a_failure(wide_family: Family) -> None:
     def fail(event: StepEvent) -> None:
         raise KeyboardInterrupt
@@ -266,3 +310,20 @@ def test_weights_are_unpacked_after_a_failure(wide_family: Family) -> None:
     wide_family.row_logits(hidden).sum().backward()
     assert hidden.grad is not None
     assert math.isfinite(float(hidden.grad.sum()))
+
+
+def test_freed_memory_is_used_again() -> None:
+    """Page faults of blocks that come and go: with what glibc does by itself, each one costs its pages anew."""
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("another C library")
+
+    def num_faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(20):
+            blocks = [torch.zeros(2 << 20) for _ in range(12)]  # 8 MiB each
+            del blocks
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    with kept_heap():
+        num_faults()
+        assert num_faults() < 2048  # 8 MiB

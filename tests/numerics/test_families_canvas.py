@@ -57,7 +57,7 @@ def test_rows_are_left_aligned_with_blocks_on_the_grid(
         assert canvas.is_real_BS[row].tolist() == [i < total for i in range(canvas.length)]
         assert canvas.is_completion_BS[row].tolist() == [len(prompt) <= i < total for i in range(canvas.length)]
         origin = len(prompt) if family.spec.block_grid == "completion" else 0
-        expected = [-1 if i < origin else (i - origin) // length for i in range(canvas.length)]
+        expected = [(i - origin) // length for i in range(canvas.length)]
         assert canvas.block_BS[row].tolist() == expected
 
 

@@ -345,8 +345,8 @@ def test_a_slot_holds_what_was_written_last() -> None:
     memory = KVCache(1, 2, 1, 4, 2, dtype=torch.float32, device=torch.device("cpu"))
     assert memory.length == 4
     first, second = torch.ones(2, 1, 3, 2), torch.full((2, 1, 1, 2), 5.0)
-    memory.write(0, first, -first, torch.tensor([[0, 1, 2], [3, 2, 1]]))
-    key, value = memory.write(0, second, -second, torch.tensor([[1], [3]]))
+    memory.write(0, first, -first, memory.places(torch.tensor([[0, 1, 2], [3, 2, 1]])))
+    key, value = memory.write(0, second, -second, memory.places(torch.tensor([[1], [3]])))
     assert key[:, 0, :, 0].tolist() == [[1, 5, 1, 0], [0, 1, 1, 5]]
     assert torch.equal(value, -key)
 
@@ -355,7 +355,7 @@ def test_rows_of_a_cache_are_copied_from_what_was_there_before() -> None:
     memory = KVCache(2, 3, 1, 4, 2, dtype=torch.float32, device=torch.device("cpu"))
     for slot in (0, 2):
         key = torch.arange(3.0).view(3, 1, 1, 1).expand(3, 1, 1, 2)
-        memory.write(1, key, -key, torch.full((3, 1), slot))
+        memory.write(1, key, -key, memory.places(torch.full((3, 1), slot)))
     memory.copy_rows(torch.tensor([0, 2]), torch.tensor([2, 1]), 2)
     assert memory.keys[1][:, 0, 0, 0].tolist() == [2, 1, 1]
     assert memory.values[1][:, 0, 0, 1].tolist() == [-2, -1, -1]

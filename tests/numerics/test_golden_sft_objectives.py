@@ -7,15 +7,11 @@ stored token losses stand in for the network.
 
 from __future__ import annotations
 
-import functools
-import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from dare.algorithms.sft import SFT, SFTOptions
@@ -29,21 +25,7 @@ from dare.families.layers.moe import Experts
 from dare.families.predict import target_argmax
 from dare.objectives.entropy import entropy
 from tests.golden_checkpoints import load_golden
-
-GOLDEN = Path(__file__).parent.parent / "golden" / "sft"
-MASK, EOS = 126, 120
-RTOL = 5e-5
-
-
-@functools.cache
-def load(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    return json.loads((GOLDEN / f"{name}.json").read_text()), load_file(GOLDEN / f"{name}.safetensors")
-
-
-def case(file: str, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    facts, tensors = load(file)
-    prefix = f"{name}/"
-    return facts[name], {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+from tests.golden_sft import EOS, MASK, RTOL, case, load
 
 
 def samples_of(

@@ -203,6 +203,14 @@ def test_completions_are_logged_with_their_reference(finished: Path) -> None:
     assert all(len(record["tokens"]) == len(record["step_map"]) for record in shown)
 
 
+def test_the_best_checkpoint_can_be_exported(finished: Path, tmp_path: Path) -> None:
+    best = finished / "checkpoints" / "best"
+    done = CliRunner().invoke(app, ["export", str(best), "--to", str(tmp_path / "out")], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (best / "model.safetensors").read_bytes()
+    assert not (tmp_path / "out" / "trainer").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "hint"),
     [
@@ -233,14 +241,20 @@ def test_flops_of_a_dense_model_by_hand(name: str) -> None:
     assert active_parameters(family) == (matrices, matrices)
     lengths = [sum(LENGTHS[int(sample)]) for sample in views.sample_R]
     clean = [sum(pair) for pair in LENGTHS]
+    counts = views.is_target_RS.sum(-1).tolist()
     if name == "sdar":
         tokens = sum(lengths) + sum(clean)
         pairs = sum(length * (length + 4) / 2 for length in [*lengths, *clean])
+        read_pairs = sum(num * (length + 4) / 2 for num, length in zip(counts, lengths, strict=True))
     else:
         tokens, pairs = sum(lengths), sum(length**2 for length in lengths)
-    width = network.num_heads * network.head_dim * network.num_layers
-    num_targets = int(views.is_target_RS.sum())
-    expected = 6 * tokens * matrices + 12 * pairs * width + 6 * num_targets * network.head_weight.numel()
+        read_pairs = sum(num * length for num, length in zip(counts, lengths, strict=True))
+    num_targets = sum(counts)
+    last = network.layers[-1].named_parameters()
+    spared = sum(p.numel() for n, p in last if p.ndim == 2 and "k_proj" not in n and "v_proj" not in n)
+    width = network.num_heads * network.head_dim
+    expected = 6 * tokens * (matrices - spared) + 12 * width * (pairs * (network.num_layers - 1) + read_pairs)
+    expected += 6 * num_targets * (spared + network.head_weight.numel())
     assert training_flops(family, views, samples.canvas.rows(views.sample_R)) == pytest.approx(expected)
 
 
@@ -303,7 +317,7 @@ def test_a_smoothed_curve_is_a_weighted_mean_of_what_came_before() -> None:
 
 def test_the_report_shows_losses_by_noise_level_and_held_out(finished: Path) -> None:
     found = {chart.title: chart for chart in charts(load_run(finished))}
-    levels = found["Loss by share of masked tokens, smoothed, nats per token"].series
+    levels = found["Loss by noise level, nats per token"].series
     assert [series.label for series in levels] == sorted(
         (series.label for series in levels), key=lambda label: int(label.partition("-")[0])
     )

@@ -70,7 +70,16 @@ def test_hidden_states_agree_to_the_last_digits(families: dict[str, Family]) -> 
     views = corrupt.exact_count(samples, Key(1), num_views=5)
     canvas = samples.canvas.rows(views.sample_R)
     position_RS = blocks.positions(canvas.is_real_BS)
-    rest = (views.noisy_RS, views.context_RS, position_RS, canvas.block_BS, canvas.is_real_BS, None)
+    rest = (
+        views.noisy_RS,
+        views.context_RS,
+        position_RS,
+        canvas.block_BS,
+        canvas.is_real_BS,
+        canvas.is_real_BS,
+        None,
+        False,
+    )
     alone = dataclasses.replace(views, sample_R=torch.arange(views.num_views))
     together_RSD, separate_RSD = family._noisy_hidden(views, *rest), family._noisy_hidden(alone, *rest)
     is_real_RS = canvas.is_real_BS

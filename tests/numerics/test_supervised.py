@@ -88,6 +88,8 @@ def test_the_expected_loss_is_minus_the_elbo_per_token(schedule: str) -> None:
         {"views_per_sample": 4, "is_complementary": True},
         {"schedule": "square", "time_spread": "blocks", "views_per_sample": 2},
         {"is_eos_unit": True, "norm": "batch"},
+        {"num_masked": "exact", "schedule": "cosine"},
+        {"num_masked": "exact", "preset": "bd3lm"},
     ],
     ids=str,
 )
@@ -202,6 +204,47 @@ def test_rates_stay_in_their_band() -> None:
     assert 0.15 < float(rate_R.min()) < 0.4
     assert 0.7 < float(rate_R.max()) < 0.95
     assert float(rate_R.mean()) == pytest.approx(0.55, abs=0.05)
+
+
+@given(st.integers(0, 10_000), st.sampled_from([None, 1, 2, 3]))
+@settings(deadline=None, max_examples=30)
+def test_exact_counts_mask_the_next_whole_number_of_tokens(seed: int, block_length: int | None) -> None:
+    """Of every unit; the weight of a masked token is n / count, so a mask of n / n tokens weighs 1."""
+    samples = ragged(block_length=block_length)
+    algorithm = sft(num_masked="exact", views_per_sample=2)
+    views = algorithm.corrupt(samples, Key(seed))
+    unit_BS = corrupt.unit_of(samples)
+    for row in range(views.num_views):
+        sample = int(views.sample_R[row])
+        for unit in unit_BS[sample][samples.is_scored_BS[sample]].unique():
+            is_unit_S = samples.is_scored_BS[sample] & (unit_BS[sample] == unit)
+            num, count = int(is_unit_S.sum()), int((views.is_target_RS[row] & is_unit_S).sum())
+            assert 1 <= count <= num
+            weight = views.weight_RS[row][views.is_target_RS[row] & is_unit_S]
+            torch.testing.assert_close(weight, torch.full_like(weight, num / count / 2))
+
+
+def test_exact_counts_have_less_variance() -> None:
+    """The same expectation as independent masks (see the bounds above), over completions of thirty tokens."""
+    samples = toy.make_samples([[0, 1, 2] * 10] * 400, block_length=None)
+    spread = {}
+    for name in ("random", "exact"):
+        views = sft(num_masked=name).corrupt(samples, Key(0))
+        total_R = (views.weight_RS * views.is_target_RS).sum(-1)
+        spread[name] = float(total_R.std())
+    assert spread["exact"] < 1e-4  # the weights of a view add up to its tokens, whatever its count
+    assert spread["random"] > 1.0
+
+
+def test_rounded_counts_prefer_later_tokens() -> None:
+    samples = toy.make_samples([[0] * 20] * 500, block_length=None)
+    views = sft(preset="nemo").corrupt(samples, Key(0))
+    share_S = views.is_target_RS[:, 1:21].double().mean(0)
+    assert float(share_S[15:].mean()) > float(share_S[:5].mean()) + 0.15
+    t_R = 1.0 / views.weight_RS.amax(-1)
+    num_R = views.is_target_RS.sum(-1)
+    has_mask_R = num_R > 0
+    torch.testing.assert_close(num_R[has_mask_R].float(), (20 * t_R[has_mask_R]).round())
 
 
 def test_kept_rates_are_within_their_band_in_every_block() -> None:
@@ -371,6 +414,10 @@ def test_the_block_length_follows_its_schedule() -> None:
         ({"block_schedule": [[0.0, 0]]}, "at least one position"),
         ({"focal_gamma": 0.5}, "greater than or equal to 1"),
         ({"draft_turns": 9}, "less than or equal to 4"),
+        ({"norm": "constant"}, "norm_length goes with"),
+        ({"norm_length": 8}, "norm_length goes with"),
+        ({"num_masked": "exact", "preset": "llada2"}, "goes without is_complementary"),
+        ({"num_masked": "rounded", "is_eos_unit": True}, "goes without"),
     ],
 )
 def test_bad_settings(options: dict[str, Any], message: str) -> None:
@@ -394,6 +441,11 @@ def test_edits_need_a_vocabulary() -> None:
 # 5. Trace distillation
 
 
+def test_trace_distillation_needs_a_length_for_a_constant_norm() -> None:
+    with pytest.raises(ValidationError, match="norm_length goes with"):
+        TraceSFTOptions(norm="constant")
+
+
 @pytest.mark.parametrize(("shrink", "expected"), [(1, -5.1106705979), (4, -4.4355513900)])
 def test_trace_distillation_learns_verified_rollouts_only(shrink: int, expected: float) -> None:
     """One state per token of the stored trace, or one state for the whole of it; the nll of a token on average."""
@@ -409,5 +461,9 @@ def test_trace_distillation_learns_verified_rollouts_only(shrink: int, expected:
     assert loss.metrics["learnt"].mean == pytest.approx(2 / 3)
     (grad_RS,) = torch.autograd.grad(loss.value, logp_RS)
     assert not bool((grad_RS[views.sample_R == 1] != 0).any())
+    per_state = TraceSFT(TraceSFTOptions(shrink=shrink, min_reward=0.5, norm="constant", norm_length=8))
+    value = float(per_state.loss(logp_RS, logp_RS, None, views, samples).value.detach())
+    num_states = int((views.sample_R != 1).sum())
+    assert value == pytest.approx(-expected * 2 / num_states / 8, rel=1e-9)
     samples.advantage_B.zero_()
     assert float(algorithm.loss(logp_RS, logp_RS, None, views, samples).value.detach()) == 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -105,6 +106,7 @@ def test_schema_has_every_key() -> None:
     assert keys["model.dtype"].type == "float32 | bfloat16"
     for line in ("optimizer.betas", "algorithm.num_mc", "task.train_size", "data.eos", "# algorithm: {name: espo}"):
         assert line in text
+    assert re.search(r"^executor\.name +str +local ", text, flags=re.MULTILINE)
 
 
 def test_list_shows_every_row() -> None:

@@ -16,6 +16,8 @@ from pydantic import ValidationError
 from dare.core.data_recipe import DataRecipe, RowSource
 from dare.core.errors import DareError
 from dare.core.recipe import parse_recipe
+from dare.core.rng import Key
+from dare.core.spec import FamilySpec
 from dare.data.formats import detect_format
 from dare.data.read import Tally, load_rows
 from dare.data.rows import PairRow, PreferencePair, Row, TextRow
@@ -304,6 +306,25 @@ def test_no_character_of_a_raw_text_is_lost(text: str, max_length: int) -> None:
     assert all(piece.num_tokens <= max_length for piece in pieces)
     joined = [token for piece in pieces for token in piece.completion_ids]
     assert decode(PLAIN, joined, has_special=True) == text + "<eos>"
+
+
+@pytest.mark.parametrize("spec", [SPEC, BLOCKWISE], ids=["masked", "block"])
+def test_a_share_of_raw_rows_is_cropped_to_random_lengths(spec: FamilySpec) -> None:
+    """At the rate, uniformly, by row alone; without a key (validation) never."""
+    rows = [TextRow(f"t{i}", "here", "abcdefghij" * 4) for i in range(600)]
+    data = DataRecipe(max_length=40, eos="none", crop_rate=0.5)
+    kept = [RowEncoder(PLAIN, data, DECODE, spec, key=Key(3)).encode(row)[0].num_tokens for row in rows]
+    assert kept == [RowEncoder(PLAIN, data, DECODE, spec, key=Key(3)).encode(row)[0].num_tokens for row in rows]
+    is_cut = [num < 40 for num in kept]
+    assert 0.4 < sum(is_cut) / len(rows) < 0.6
+    lengths = [num for num in kept if num < 40]
+    assert min(lengths) <= 4
+    assert 15 < sum(lengths) / len(lengths) < 26
+    if spec is BLOCKWISE:
+        assert all(num % 4 == 0 for num in kept)
+    assert all(RowEncoder(PLAIN, data, DECODE, spec).encode(row)[0].num_tokens == 40 for row in rows[:50])
+    never = DataRecipe(max_length=40, eos="none")
+    assert all(RowEncoder(PLAIN, never, DECODE, spec, key=Key(3)).encode(row)[0].num_tokens == 40 for row in rows[:50])
 
 
 # Token ids

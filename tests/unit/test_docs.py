@@ -7,8 +7,12 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
+from dare.core.checks import check
+from dare.core.recipe import parse_recipe
 from dare.core.registry import TABLES
+from dare.terminal.schema import plugin_keys, recipe_keys
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
@@ -31,6 +35,27 @@ def test_links_and_named_files_exist(page: Path) -> None:
         assert (page.parent / target).exists(), target
     for target in re.findall(r"`((?!\S*NAME)(?:dare|tests|recipes|docs|benchmarks)/[\w/.-]+\.(?:py|yaml|md))`", text):
         assert (ROOT / target).exists(), target
+
+
+def test_recipes_of_the_migration_page_are_recipes() -> None:
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "migrating.md").read_text(), flags=re.DOTALL)
+    assert blocks
+    for block in blocks:
+        assert check(parse_recipe(yaml.safe_load(block), where="migrating.md")) == []  # no warning either
+
+
+def test_keys_that_the_migration_page_names_exist() -> None:
+    """Dotted names in its right-hand columns are keys of a recipe or options of an algorithm or a task."""
+    page = (ROOT / "docs" / "migrating.md").read_text()
+    cells = [line.split("|")[2] for line in page.splitlines() if line.startswith("|")]
+    named = {name for cell in cells for name in re.findall(r"`(\w+\.\w+)(?:: [^`]*)?`", cell)}
+    known = {key.name for key in recipe_keys()}
+    known |= {
+        key.name for table in ("algorithms", "tasks") for name in TABLES[table] for key in plugin_keys(table, name)
+    }
+    files = {name for name in named if name.endswith((".jsonl", ".yaml"))}
+    assert len(named) > 25
+    assert named - files <= known
 
 
 def test_tests_that_the_numerics_page_names_exist() -> None:
@@ -56,3 +81,15 @@ def test_every_algorithm_has_a_row() -> None:
 def test_every_family_has_a_row() -> None:
     page = (ROOT / "docs" / "families.md").read_text()
     assert all(f"| `{name}` |" in page for name in TABLES["families"])
+
+
+def test_every_line_of_the_determinism_page_has_its_test() -> None:
+    page = (ROOT / "docs" / "determinism.md").read_text()
+    promised = page.split("## Not reproducible")[0]
+    lines = [line for line in promised.splitlines() if line.startswith("|")]
+    rows = [line for line in lines if not line.startswith(("|---", "| what "))]
+    assert len(rows) > 20
+    for row in rows:
+        match = re.search(r"`(tests/[\w/]+\.py)::(test_\w+)` \|$", row)
+        assert match is not None, row
+        assert f"def {match[2]}(" in (ROOT / match[1]).read_text(), row

@@ -179,7 +179,8 @@ def test_load_counts_real_tokens_only() -> None:
     load = ExpertLoad()
     assert load.metrics() == {}
     for _ in range(2):
-        with load.counting(router, torch.tensor([[True, True], [True, False]])):
+        is_real_BT = torch.tensor([[True, True], [True, False]])
+        with load.counting(router, is_real_BT, is_real_BT):
             router(x)
     router(x)  # outside, so it does not count
     assert load.metrics() == {"expert_imbalance": 2.0, "unused_experts": pytest.approx(1 / 3)}
@@ -187,7 +188,7 @@ def test_load_counts_real_tokens_only() -> None:
 
 def test_a_dense_network_has_no_load() -> None:
     load = ExpertLoad()
-    with load.counting(nn.Linear(2, 2), torch.ones(1, 1, dtype=torch.bool)):
+    with load.counting(nn.Linear(2, 2), torch.ones(1, 1, dtype=torch.bool), torch.ones(1, 1, dtype=torch.bool)):
         pass
     assert load.metrics() == {}
 

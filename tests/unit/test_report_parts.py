@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dare.core.recipe import load_recipe
+from dare.report.build import live_page
 from dare.report.comparison import compare, difference
 from dare.report.curves import Chart, Series, charts
 from dare.report.drawing import HEIGHT, WIDTH, draw, ticks
+from dare.report.markdown import render_markdown
+from dare.report.reference import find_reference
 from dare.report.run_data import RunData, earlier_stage, load_run
 from dare.report.samples import orders, pairs
 from tests.unit.report_runs import evaluation, sample, write_lines, write_run, write_sft
 
+ROOT = Path(__file__).parents[2]
+REFERENCES = sorted((ROOT / "benchmarks" / "results" / "reference").glob("*.json"))
 VALUES = st.floats(-1e9, 1e9, allow_nan=False)
 
 
@@ -54,6 +61,7 @@ def test_difference_is_newcombes() -> None:
     assert (change.low, change.high) == (pytest.approx(0.0524, abs=5e-5), pytest.approx(0.3339, abs=5e-5))
 
 
+@settings(deadline=None)
 @given(st.integers(1, 300), st.integers(1, 300), st.data())
 def test_difference_holds_its_value_and_flips(num_a: int, num_b: int, data: st.DataObject) -> None:
     a = evaluation(0, data.draw(st.integers(0, num_a)), num_a)
@@ -82,6 +90,7 @@ def test_before_is_the_runs_own_start_if_it_has_one(tmp_path: Path) -> None:
     assert comparison.change is not None
 
 
+@settings(deadline=None)
 @given(st.lists(VALUES, min_size=1, max_size=20), st.sampled_from(["percent", "number"]))
 def test_drawing_stays_inside(values: list[float], unit: Any) -> None:
     if unit == "percent":
@@ -95,6 +104,7 @@ def test_drawing_stays_inside(values: list[float], unit: Any) -> None:
     assert all(drawing.top <= position <= drawing.bottom for position in positions)
 
 
+@settings(deadline=None)
 @given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e9))
 def test_ticks_are_few_and_inside(low: float, width: float) -> None:
     found = ticks(low, low + width, 4)
@@ -103,6 +113,7 @@ def test_ticks_are_few_and_inside(low: float, width: float) -> None:
     assert all(low - 1e-6 * width <= value <= low + 1.000001 * width for value in found)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 2000))
 def test_long_curves_are_averaged(num: int) -> None:
     records = [{"step": step, "loss": float(step)} for step in range(1, num + 1)]
@@ -132,3 +143,64 @@ def test_pairs_are_joined_by_problem_and_not_selected() -> None:
     assert [pair.before and pair.before["completion"] for pair in found] == ["before 0", None]
     assert [pair.after["completion"] for pair in pairs(rollouts, 5)] == ["rollout"]
     assert pairs([], 5) == []
+
+
+def test_rows_that_nobody_judges_are_shown_with_their_answers(tmp_path: Path) -> None:
+    """A fine-tuning run on data has completions to look at, but no reward: nothing about them is damaged."""
+    run = write_sft(tmp_path / "run")
+    for step in (20, 40):
+        record = {"step": step, "split": "shown", "uid": "a", "prompt": "2+2=", "completion": f"at {step}\nor so"}
+        with (run / "samples.jsonl").open("a") as file:
+            file.write(json.dumps({**record, "reference": "4", "tokens": ["at"], "step_map": [0]}) + "\n")
+    data = load_run(run)
+    assert data.unread == []
+    (pair,) = pairs(data.samples, 5)
+    assert pair.before is not None
+    assert (pair.before["step"], pair.after["step"]) == (20, 40)
+    page = live_page(run)
+    assert "at 40\nor so" in page
+    assert "in the data: <code>4</code>" in page
+    assert "solved</span>" not in page
+    assert "| ` 2+2= ` | ` at 40⏎or so ` | – | – |" in render_markdown(data, compare(data, None))
+
+
+@pytest.mark.parametrize(
+    ("written_by", "is_newer"), [("99.1", True), ("0.0.9", False), ("0.1.0.dev3", False), ("", False)]
+)
+def test_a_newer_run_is_called_newer(tmp_path: Path, written_by: str, is_newer: bool) -> None:
+    run = write_run(tmp_path / "run")
+    info = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(info | {"versions": {"dare-dllm": written_by}}))
+    notes = [note for note in load_run(run).missing if "newer" in note]
+    assert len(notes) == is_newer
+    assert all(written_by in note for note in notes)
+
+
+def test_curves_in_an_order_have_a_colour_each(tmp_path: Path) -> None:
+    run = write_sft(tmp_path / "run")
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    levels = {f"nll_at/{low}-{low + 20}": 0.1 + low / 100 for low in range(0, 100, 20)}
+    write_lines(run / "metrics.jsonl", [record | levels for record in records])
+    (chart,) = (chart for chart in charts(load_run(run)) if "noise" in chart.title)
+    drawing = draw(chart)
+    assert [stroke.label for stroke in drawing.strokes] == [f"{low}-{low + 20} %" for low in range(0, 100, 20)]
+    assert len({stroke.tone for stroke in drawing.strokes}) == 5
+    assert drawing.latest == ""
+    page = live_page(run)
+    assert all(f".{stroke.tone} {{" in page for stroke in drawing.strokes)  # every tone has a colour
+
+
+@pytest.mark.parametrize("path", REFERENCES, ids=lambda path: path.stem)
+def test_shipped_references_are_those_of_the_shipped_recipes(path: Path, tmp_path: Path) -> None:
+    """Otherwise a report would silently draw none. Options that came later have their defaults."""
+    record = json.loads(path.read_text())
+    recipe = load_recipe(ROOT / re.findall(r"recipes/\S+\.yaml", record["made_with"])[0])
+    run = write_run(tmp_path / "run", num_steps=6)
+    (run / "recipe.yaml").write_text(recipe.dump_yaml())
+    (run / "run.json").unlink()
+    found = find_reference(load_run(run))
+    assert found is not None
+    assert [e["step"] for e in found.evaluations][-1] == recipe.train.steps
+    other = recipe.model_copy(update={"decode": recipe.decode.model_copy(update={"gen_length": 9})})
+    (run / "recipe.yaml").write_text(other.dump_yaml())
+    assert find_reference(load_run(run)) is None

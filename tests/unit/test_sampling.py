@@ -190,3 +190,20 @@ def test_a_draw_is_a_sample_and_its_log_prob(temperature: float, forbidden: tupl
     assert torch.equal(token_N, sampling.sample(allowed_NV, temperature, None, None, uniform_N))
     expected_N = sampling.token_logp(before_NV.double(), token_N, temperature or 1.0)
     torch.testing.assert_close(logp_N.double(), expected_N, rtol=1e-6, atol=1e-5)
+
+
+def test_a_forbidden_token_may_have_all_the_mass() -> None:
+    logits_NV = torch.zeros(2, 256)
+    logits_NV[:, 9] = 300.0
+    for temperature in (0.0, 1.0):
+        token_N, logp_N = sampling.draw(logits_NV, temperature, (9,), torch.tensor([0.3, 0.9]).double())
+        assert 9 not in token_N.tolist()
+        assert logp_N.tolist() == [-300.0, -300.0]
+
+
+@settings(max_examples=40, deadline=None)
+@given(vocab_size=st.sampled_from([5, 64, 100, 512]), seed=st.integers(0, 99))
+def test_the_first_of_equal_maxima_is_taken(vocab_size: int, seed: int) -> None:
+    logits_NV = torch.randint(0, 3, (4, vocab_size), generator=torch.Generator().manual_seed(seed)).float()
+    expected = [row.index(max(row)) for row in logits_NV.tolist()]
+    assert sampling.most_likely(logits_NV).tolist() == expected

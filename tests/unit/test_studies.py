@@ -19,7 +19,7 @@ from dare.core.errors import DareError
 from dare.core.recipe import Recipe
 from dare.studies.build import build_study_report
 from dare.studies.results import Missing, Result, read_cell, step_cost
-from dare.studies.run import Job, cell_folder, check_settings, is_finished, resolve_cells
+from dare.studies.run import Job, cell_folder, check_settings, is_finished, recorded_cells, resolve_cells
 from dare.studies.study import START, Cell, Panel, Plan, load_study
 from dare.studies.summary import overall, summarize
 from tests.unit.report_runs import evaluation, write_lines
@@ -183,6 +183,34 @@ def test_another_run_in_the_folder_is_refused(tmp_path: Path) -> None:
     assert "train.steps: 10 there, 11 in the study" in str(caught.value)
 
 
+def test_a_report_while_the_study_runs(tmp_path: Path) -> None:
+    """Finished, half-written, damaged and not begun: what can be shown is shown, and nothing is run."""
+    study, out = write_study(tmp_path), tmp_path / "out"
+    plan = load_study(study)
+    cells = resolved(plan)
+    for cell in cells[:4]:
+        write_result(out, cell, 80, status="running" if cell is cells[2] else "finished")
+        asked = Job(cell.name, cell.recipe, cell_folder(out, cell)).file(out, ".yaml")
+        asked.parent.mkdir(exist_ok=True)
+        asked.write_text(cell.recipe.dump_yaml())
+    with (cell_folder(out, cells[2]) / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1')
+    for name in ("recipe.yaml", "eval.jsonl"):
+        (cell_folder(out, cells[3]) / name).write_text("{[\n")
+    assert recorded_cells(plan, out)[:4] == cells[:4]
+    assert recorded_cells(plan, out)[4:] == plan.cells[4:]
+    result = CliRunner().invoke(app, ["compare", str(study), "--out", str(out), "--report"])
+    assert result.exit_code == 0, result.output
+    text = Page((out / "report" / "index.html").read_text()).text
+    assert "2 of 6 runs" in text
+    assert "cj_grpo, seed 2: running at step 10 of 10" in text
+    assert "espo, seed 0: 1 line of eval.jsonl cannot be read" in text
+    with pytest.raises(DareError, match="other settings"):
+        recorded_cells(plan_of(tmp_path, recipe={**STUDY["recipe"], "evaluation": {"num": 39}}), out)
+    with pytest.raises(DareError, match="no study here"):
+        recorded_cells(plan, tmp_path / "elsewhere")
+
+
 def test_costs_and_curves_are_those_of_the_logs(tmp_path: Path) -> None:
     (cell, *_) = resolved(plan_of(tmp_path))
     write_result(tmp_path, cell, 50)
@@ -222,6 +250,7 @@ def test_report_of_a_study(tmp_path: Path) -> None:
     page = Page((report / "index.html").read_text())
     assert not {"script", "link", "img", "iframe"} & set(page.tags)
     assert "6 of 6 runs" in page.text
+    assert "<span>25</span><span>50%</span>" in (report / "index.html").read_text()  # an axis just above the intervals
     assert "cj_grpo solves most, 47.5%" in page.text
     assert "cj_grpo solves more than espo: +15.0 points" in page.text
 
@@ -241,6 +270,7 @@ def test_missing_runs_are_listed_and_the_rest_is_shown(tmp_path: Path) -> None:
     assert "2 of 6 runs" in text
     assert "4 of 6 runs are missing" in text
     assert "cj_grpo, seed 2: running at step 10 of 10" in text
+    assert "espo, seeds 0, 1 and 2: not run yet" in text
 
 
 def test_a_study_without_any_run_still_has_a_page(tmp_path: Path) -> None:
@@ -269,3 +299,6 @@ def test_ranks_over_panels(tmp_path: Path) -> None:
     tables = summarize(plan, results)
     assert [table.panel for table in tables] == [Panel("llada", "chain_sum"), Panel("llada", "countdown")]
     assert {name: places for name, places, _ in overall(tables)} == {"cj_grpo": [1.0, 2.0], "espo": [2.0, 1.0]}
+    page = (build_study_report(plan, cells, tmp_path) / "index.html").read_text()
+    assert page.count('<b>30.0%</b><span class="rank">1</span>') == 2
+    assert page.count('20.0%<span class="rank">2</span>') == 2

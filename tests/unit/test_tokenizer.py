@@ -138,3 +138,11 @@ def test_messages_without_a_template_or_refused_by_it(tokenizer: Any, chat_token
     assert "test/2" in str(error.value)
     with pytest.raises(DareError, match="no tools"):
         encode_prompt(chat_tokenizer, Prompt(uid="test/3", messages=({"role": "tool", "content": "hi"},)))
+
+
+def test_a_role_that_the_template_writes_must_be_in_the_vocabulary() -> None:
+    tokenizer = char_tokenizer("user: abc")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
+    assert encode_prompt(tokenizer, Prompt("x", messages=({"role": "user", "content": "a"},)))
+    with pytest.raises(DareError, match="'l' is not in the vocabulary"):
+        encode_prompt(tokenizer, Prompt("x", messages=({"role": "tool", "content": "a"},)))

@@ -302,6 +302,7 @@ UNUSABLE: list[tuple[str, str, Any, str]] = [
     ("sdar", "num_key_value_heads", 3, "key/value heads"),
     ("sdar", "mask_token_id", ..., "got: 151669"),
     ("sdar", "block_size", 0, "an integer >= 1"),
+    ("sdar", "block_grid", "response", "sequence or completion"),
 ]
 
 

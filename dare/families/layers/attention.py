@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -33,21 +34,23 @@ class KVCache:
     def length(self) -> int:
         return self.keys[0].shape[1]
 
-    def write(
-        self, layer: int, key_BHTd: Tensor, value_BHTd: Tensor, slot_BT: Tensor, row_B: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Store keys and values at `slot_BT` of the rows `row_B` (default: all); the layer, [B, Hkv, S, hd]."""
-        keys, values = self.keys[layer], self.values[layer]
+    def places(self, slot_BT: Tensor, row_B: Tensor | None = None) -> Tensor:
+        """int64 [B * T]: where `write` puts what belongs to `slot_BT` of the rows `row_B` (default: all)."""
         row_B = torch.arange(len(slot_BT), device=slot_BT.device) if row_B is None else row_B
-        place = (row_B[:, None], slot_BT)
-        keys[place], values[place] = key_BHTd.transpose(1, 2), value_BHTd.transpose(1, 2)
+        return (row_B[:, None] * self.length + slot_BT).flatten()
+
+    def write(self, layer: int, key_BHTd: Tensor, value_BHTd: Tensor, place_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Store keys and values at `places`; the layer, [B, Hkv, S, hd]."""
+        keys, values = self.keys[layer], self.values[layer]
+        for stored, new_BHTd in ((keys, key_BHTd), (values, value_BHTd)):
+            stored.flatten(0, 1).index_copy_(0, place_N, new_BHTd.transpose(1, 2).flatten(0, 1))
         return keys.transpose(1, 2), values.transpose(1, 2)
 
     def attend(
-        self, layer: int, query_BHTd: Tensor, key_BHTd: Tensor, value_BHTd: Tensor, slot_BT: Tensor, visible: Visible
+        self, layer: int, query_BHTd: Tensor, key_BHTd: Tensor, value_BHTd: Tensor, place_N: Tensor, visible: Visible
     ) -> Tensor:
         """[B, H, T, hd]: `CacheRows.attend` of all rows on all slots."""
-        key, value = self.write(layer, key_BHTd, value_BHTd, slot_BT)
+        key, value = self.write(layer, key_BHTd, value_BHTd, place_N)
         return attend(query_BHTd, key, value, visible)
 
     def copy_rows(self, target_N: Tensor, source_N: Tensor, length: int) -> None:
@@ -75,11 +78,15 @@ class CacheRows:
     width: int
     is_fresh: bool = False
 
+    def places(self, slot_BT: Tensor) -> Tensor:
+        """int64 [B * T]: where the cache holds the tokens of the call."""
+        return self.cache.places(slot_BT, self.row_B)
+
     def attend(
-        self, layer: int, query_RHQd: Tensor, key_BHTd: Tensor, value_BHTd: Tensor, slot_BT: Tensor, visible: Visible
+        self, layer: int, query_RHQd: Tensor, key_BHTd: Tensor, value_BHTd: Tensor, place_N: Tensor, visible: Visible
     ) -> Tensor:
         """[R, H, Q, hd]: the queries of the call's first R rows, after the keys and values of all rows are stored."""
-        keys, values = self.cache.write(layer, key_BHTd, value_BHTd, slot_BT, self.row_B)
+        keys, values = self.cache.write(layer, key_BHTd, value_BHTd, place_N)
         num_rows = len(query_RHQd)
         if not num_rows:
             return query_RHQd
@@ -96,7 +103,18 @@ class CacheRows:
         return torch.cat(parts) if len(parts) != 1 else parts[0]
 
 
-Cache = KVCache | CacheRows
+class Cache(Protocol):
+    """What a layer asks of a cache: `KVCache`, rows of one (`CacheRows`), or the plain one of `dare bench`."""
+
+    def places(self, slot_BT: Tensor, /) -> Tensor:
+        """int64 [B * T]: where the keys and values of a call's tokens go; asked once for all layers."""
+        ...
+
+    def attend(
+        self, layer: int, query_BHTd: Tensor, key_BHTd: Tensor, value_BHTd: Tensor, place_N: Tensor, visible: Visible, /
+    ) -> Tensor:
+        """[B, H, T, hd]: the queries on what is stored and on the call's own keys and values."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -212,18 +230,23 @@ def _attend_documents(query_1HNd: Tensor, key_1HNd: Tensor, value_1HNd: Tensor, 
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """What the attention of every layer shares in one forward; `position_BT` are also the slots of the cache.
+    """What the attention of every layer shares in one forward.
 
     A layer asks `queries` which of its inputs attend, and `outputs` which of them go on: all of them, except in the
     last layer of a forward that is read at some positions only (see `reading`).
     """
 
-    position_BT: Tensor
     turn: Rotation
     visible: Visible
     cache: Cache | None
+    place_N: Tensor | None  # where the cache holds the tokens
     read: Read | None = None
     query_turn: Rotation | None = None
+
+    @classmethod
+    def begin(cls, position_BT: Tensor, turn: Rotation, visible: Visible, cache: Cache | None) -> AttentionCall:
+        """The call of tokens whose positions are also their slots of the cache."""
+        return cls(turn, visible, cache, None if cache is None else cache.places(position_BT))
 
     def reading(self, read: Read | None) -> AttentionCall:
         """The call of the last layer."""
@@ -233,10 +256,9 @@ class AttentionCall:
         cos, sin = self.turn.cos[:num_rows], self.turn.sin[:num_rows]
         visible = _rows(self.visible, 0, num_rows)
         if column_RQ is not None:
-            index = column_RQ[:, None, :, None]
-            cos, sin = (angle.take_along_dim(index, 2) for angle in (cos, sin))
+            cos, sin = (angle.take_along_dim(column_RQ[:, :, None, None], 1) for angle in (cos, sin))
             if isinstance(visible, Tensor) and visible.shape[2] > 1:
-                visible = visible.take_along_dim(index, 2)
+                visible = visible.take_along_dim(column_RQ[:, None, :, None], 2)
         return replace(self, visible=visible, read=read, query_turn=Rotation(cos, sin))
 
     def queries(self, x_BT: Tensor) -> Tensor:
@@ -261,11 +283,10 @@ def rotary_attention(
 
     [B, T, H * hd]; where only some positions are read [1, N, H * hd], from the queries that `call.queries` names.
     """
-    query = rotate(query_RQHd.transpose(1, 2), call.turn if call.query_turn is None else call.query_turn)
-    key = rotate(key_BTHd.transpose(1, 2), call.turn)
-    value = value_BTHd.transpose(1, 2)
-    if call.cache is not None:
-        mixed = call.cache.attend(layer, query, key, value, call.position_BT, call.visible)
+    query = rotate(query_RQHd, call.turn if call.query_turn is None else call.query_turn).transpose(1, 2)
+    key, value = rotate(key_BTHd, call.turn).transpose(1, 2), value_BTHd.transpose(1, 2)
+    if call.cache is not None and call.place_N is not None:
+        mixed = call.cache.attend(layer, query, key, value, call.place_N, call.visible)
     else:
         mixed = attend(query, key[: len(query)], value[: len(query)], call.visible)
     mixed_RQD = mixed.transpose(1, 2).flatten(2)

@@ -248,16 +248,22 @@ class ExpertLoad:
         self._count_LE: Tensor | None = None
 
     @contextmanager
-    def counting(self, network: nn.Module, is_real_BT: Tensor) -> Iterator[None]:
-        """Count the experts that the forward of [B, T] tokens inside the block chooses."""
+    def counting(self, network: nn.Module, is_real_BT: Tensor, is_read_BT: Tensor) -> Iterator[None]:
+        """Count the experts that the forward of [B, T] tokens inside the block chooses.
+
+        A last layer that runs only the tokens that are read, in their order, counts those of them that are real.
+        """
         with recorded_routes(network) as routes:
             yield
         if not routes:
             return
-        is_real_N1 = is_real_BT.flatten()[:, None].long()
+        is_real_N, is_real_M = is_real_BT.flatten(), is_real_BT[is_read_BT]
         count_LE = torch.zeros(len(routes), routes[0].logits_NE.shape[-1], dtype=torch.int64, device=is_real_BT.device)
         for count_E, route in zip(count_LE, routes, strict=True):
-            count_E.scatter_add_(0, route.expert_NA.flatten(), is_real_N1.expand_as(route.expert_NA).flatten())
+            is_counted = is_real_N if len(route.expert_NA) == len(is_real_N) else is_real_M
+            count_E.scatter_add_(
+                0, route.expert_NA.flatten(), is_counted[:, None].expand_as(route.expert_NA).flatten().long()
+            )
         self._count_LE = count_LE if self._count_LE is None else self._count_LE + count_LE
 
     @classmethod

@@ -9,7 +9,10 @@ from torch import Tensor
 
 
 class Rotation(NamedTuple):
-    """cos and sin of every angle, float32 [B, 1, T, rotary_dim / 2]; made once per forward, shared by all layers."""
+    """cos and sin of every angle, float32 [B, T, 1, rotary_dim]; made once per forward, shared by all layers.
+
+    Both halves of the pairs, with the sign that each half takes: sin is that of minus the angle in the first.
+    """
 
     cos: Tensor
     sin: Tensor
@@ -24,16 +27,17 @@ def rotation(position_BT: Tensor, rotary_dim: int, theta: float) -> Rotation:
     checkpoint, and no table to outgrow.
     """
     exponent = torch.arange(0, rotary_dim, 2, device=position_BT.device).float() / rotary_dim
-    angle = position_BT[:, None, :, None].float() * (1.0 / theta**exponent)
-    return Rotation(angle.cos(), angle.sin())
+    angle = position_BT[:, :, None, None].float() * (1.0 / theta**exponent)
+    cos, sin = angle.cos(), angle.sin()
+    return Rotation(torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1))
 
 
-def rotate(x_BHTd: Tensor, by: Rotation) -> Tensor:
+def rotate(x_BTHd: Tensor, by: Rotation) -> Tensor:
     """Each pair of the first `rotary_dim` dimensions turned by its angle; float32 inside, the dtype of `x` outside.
 
     LLaDA's code does the same; SDAR's rotates in the model's dtype, which is equal in float32.
     """
-    half = by.cos.shape[-1]
-    first, second = x_BHTd[..., :half].float(), x_BHTd[..., half : 2 * half].float()
-    turned = torch.cat([first * by.cos - second * by.sin, second * by.cos + first * by.sin], dim=-1).to(x_BHTd.dtype)
-    return turned if 2 * half == x_BHTd.shape[-1] else torch.cat([turned, x_BHTd[..., 2 * half :]], dim=-1)
+    size = by.cos.shape[-1]
+    plain = x_BTHd[..., :size].float()
+    turned = (plain * by.cos + plain.roll(size // 2, -1) * by.sin).to(x_BTHd.dtype)
+    return turned if size == x_BTHd.shape[-1] else torch.cat([turned, x_BTHd[..., size:]], dim=-1)

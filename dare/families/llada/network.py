@@ -36,7 +36,7 @@ class LLaDANetwork(Network):
     ) -> Tensor:
         transformer = self.model.transformer
         turn = rotation(position_BT, self.head_dim, self.rope_theta)
-        call = AttentionCall(position_BT, turn, visible, cache)
+        call = AttentionCall.begin(position_BT, turn, visible, cache)
         x_BTD: Tensor = transformer.wte(ids_BT)
         for layer, block in enumerate(transformer.blocks):
             last = call.reading(read) if layer + 1 == self.num_layers else call

@@ -66,7 +66,7 @@ def read_shapes(config: Config) -> tuple[DenseShape, MoEShape, Grouping]:
     fields = Fields(config)
     fields.check(_CHOSEN, is_required=True)
     fields.check(_OPTIONAL)
-    num_layers = fields.integer("num_hidden_layers")
+    num_layers = fields.layers("num_hidden_layers")
     num_dense = fields.integer("first_k_dense_replace", minimum=0)
     expert_size = fields.integer("moe_intermediate_size")
     dense = DenseShape(
@@ -105,7 +105,7 @@ def family_spec(config: Config, generation_config: Config | None = None) -> Fami
     return FamilySpec(
         name="llada2",
         attention="block_causal",
-        block_grid="sequence",
+        block_grid=fields.block_grid(),
         block_length=fields.integer("block_size", _BLOCK_LENGTH),
         is_shifted=False,
         mask_id=fields.token("mask_token_id", vocab_size, _MASK_ID),

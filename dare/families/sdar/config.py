@@ -31,7 +31,7 @@ def read_shape(config: Config) -> DenseShape:
     return DenseShape(
         vocab_size=fields.integer("vocab_size"),
         hidden_size=fields.integer("hidden_size"),
-        num_layers=fields.integer("num_hidden_layers"),
+        num_layers=fields.layers("num_hidden_layers"),
         num_heads=fields.integer("num_attention_heads"),
         num_kv_heads=fields.integer("num_key_value_heads"),
         head_dim=fields.integer("head_dim"),
@@ -51,7 +51,7 @@ def family_spec(config: Config, generation_config: Config | None = None) -> Fami
     return FamilySpec(
         name=_MODEL_TYPE,
         attention="block_causal",
-        block_grid="sequence",
+        block_grid=fields.block_grid(),
         block_length=fields.integer("block_size", BLOCK_LENGTH),
         is_shifted=False,
         mask_id=fields.token("mask_token_id", vocab_size, _MASK_ID),
