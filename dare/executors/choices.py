@@ -29,11 +29,13 @@ class Local:
 
     def create(self, recipe: Recipe, tokenizer: Any, *, needs_reference: bool, critic_lr: float | None) -> Engine:
         """The engine of a recipe: its checkpoint loaded, or its new model with keyed initial weights."""
-        from dare.executors.local import LocalEngine
-        from dare.executors.remote import RemoteEngine
+        if recipe.rollout.is_remote:
+            from dare.executors.remote import RemoteEngine
 
-        engine = RemoteEngine if recipe.rollout.is_remote else LocalEngine
-        return engine.create(recipe, tokenizer, needs_reference=needs_reference, critic_lr=critic_lr)
+            return RemoteEngine.create(recipe, tokenizer, needs_reference=needs_reference, critic_lr=critic_lr)
+        from dare.executors.local import LocalEngine
+
+        return LocalEngine.create(recipe, tokenizer, needs_reference=needs_reference, critic_lr=critic_lr)
 
 
 class VerlOptions(Options):

@@ -177,14 +177,14 @@ def add_adapter(family: Family, recipe: LoraRecipe, key: Key, base: Base | None 
     return family.adapter
 
 
-def outline_adapter(family: Family, recipe: LoraRecipe) -> None:
-    """Put an adapter without values on a family without weights, for what follows from sizes alone.
+def outline_adapter(family: Family, recipe: LoraRecipe, base: Base | None = None) -> None:
+    """Put an adapter without values on a family without weights.
 
     The base stays as it is stored, also where `recipe` quantises it. Raises DareError as `add_adapter` does.
     """
     _require_none(family)
     plain = recipe.model_copy(update={"quantize_base": None})
-    family.adapter = Adapter(family.network, plain, _wanted_names(family.network, recipe))
+    family.adapter = Adapter(family.network, plain, _wanted_names(family.network, recipe), base)
 
 
 def restore_adapter(

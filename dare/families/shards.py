@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +32,18 @@ class Shards:
         self.paths = _find(folder)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
+        self._names: dict[Path, list[str]] = {}
         for path in self.paths:
             self._read_header(path)
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor with its name, on the CPU; one at a time is in memory."""
-        for path in self.paths:
-            with _open(path) as file:
-                for name in file.keys():  # noqa: SIM118 - not a mapping
-                    yield name, file.get_tensor(name)
+    def tensors(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of these names (None: all) with their names, on the CPU; one at a time is in memory."""
+        for path, stored in self._names.items():
+            wanted = stored if names is None else [name for name in stored if name in names]
+            if wanted:
+                with _open(path) as file:
+                    for name in wanted:
+                        yield name, file.get_tensor(name)
 
     def digest(self) -> str:
         """SHA-256 of every tensor's name, format, shape and bytes; how they are shared out among files is no part."""
@@ -53,7 +56,8 @@ class Shards:
 
     def _read_header(self, path: Path) -> None:
         with _open(path) as file:
-            for name in file.keys():  # noqa: SIM118 - not a mapping
+            self._names[path] = list(file.keys())
+            for name in self._names[path]:
                 part = file.get_slice(name)
                 stored = part.get_dtype()
                 if name in self.shapes:

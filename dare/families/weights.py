@@ -39,6 +39,18 @@ def load_family(path: str | Path, dtype: torch.dtype | None = None, device: torc
     Beyond the finished network one tensor at a time is in memory. Raises DareError for a folder that is no whole
     checkpoint of a known family: the config, the files and every tensor's name and shape are checked first.
     """
+    family, shards = open_family(path)
+    network = family.network
+    network.to(dtype=dtype or _stored_dtype(network, shards)).to_empty(device=device)
+    _fill(network, shards)
+    return family
+
+
+def open_family(path: str | Path) -> tuple[Family, Shards]:
+    """What `load_family` returns before its weights are read: the family on the meta device, and where they are.
+
+    Raises DareError like `load_family`.
+    """
     folder = Path(path)
     family_type, spec, config, generation_config = _describe(folder)
     try:
@@ -47,10 +59,8 @@ def load_family(path: str | Path, dtype: torch.dtype | None = None, device: torc
         raise error.inside(str(folder)) from None
     shards = Shards(folder)
     _check_names(network, shards)
-    network.to(dtype=dtype or _stored_dtype(network, shards)).to_empty(device=device)
-    _fill(network, shards)
     buffer_dtypes = {name: shards.dtypes[name] for name, _ in network.named_buffers()}
-    return Family(spec, network, config, generation_config, buffer_dtypes, read_code_files(folder, config))
+    return Family(spec, network, config, generation_config, buffer_dtypes, read_code_files(folder, config)), shards
 
 
 def read_code_files(folder: Path, config: Config) -> dict[str, bytes]:
@@ -93,7 +103,7 @@ def filled_family(family: Family, tensors: Mapping[str, Tensor]) -> Family:
 
     What `save_family` writes has to be among them: of a family with an adapter that is the adapter alone.
     """
-    copied = _hollow(family)
+    copied = hollow_family(family)
     for name, tensor in tensors.items():
         prefix, _, leaf = name.rpartition(".")
         owner = copied.network.get_submodule(prefix)
@@ -107,7 +117,7 @@ def read_weights(family: Family, folder: Path) -> dict[str, Tensor]:
 
     Of a family with an adapter that is the adapter alone. Raises DareError like `load_family`.
     """
-    copied = _hollow(family)
+    copied = hollow_family(family)
     network, adapter = copied.network, copied.adapter
     for module in [network] if adapter is None else [side for _, x in adapter.layers for side in (x.lora_A, x.lora_B)]:
         module.to_empty(device="cpu")
@@ -116,7 +126,7 @@ def read_weights(family: Family, folder: Path) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in found.items() if not tensor.is_meta}
 
 
-def _hollow(family: Family) -> Family:
+def hollow_family(family: Family) -> Family:
     """The family without weights, with its adapter if it has one; on the meta device."""
     network = _build(find_family_type(family.config, where="the config of a family in memory"), family.config)
     code = family.code_files

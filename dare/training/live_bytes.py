@@ -13,8 +13,9 @@ from torch.utils._pytree import tree_leaves
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Inside a `with` block: bytes of the tensors that were made in it and still exist, now and at most.
 
-    Every storage counts once, from the operator that made it to its end. What a kernel allocates for itself and frees
-    again is not seen. The backward of a CPU graph runs in the calling thread, so it counts too; a GPU's does not.
+    Every storage counts once, from the operator that made it to its end; meta tensors take nothing. What a kernel
+    allocates for itself and frees again is not seen. The backward of a CPU graph runs in the calling thread, so it
+    counts too; a GPU's does not.
     """
 
     def __init__(self) -> None:
@@ -27,7 +28,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         before = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
+            if isinstance(leaf, Tensor) and not leaf.is_meta:
                 self._count(leaf.untyped_storage(), before)
         return result
 

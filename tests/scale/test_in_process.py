@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dare.executors.local import LocalEngine
 from dare.families.tokenizer import char_tokenizer
+from dare.training.live_bytes import LiveBytes
+from dare.training.plan import weight_bytes
 from tests.conftest import ALPHABET, save_checkpoint
 from tests.scale.test_workers import check_updates, recipe_of
 
@@ -39,3 +42,19 @@ def test_options_change_nothing(name: str, tmp_path: Path) -> None:
         check_updates((local, engine), algorithm, tmp_path, num_files=2)
     finally:
         engine.close()
+
+
+def test_a_checkpoint_is_read_a_layer_at_a_time(tmp_path: Path) -> None:
+    """Beside the shards, which in one process are everything, little more than a layer is there at any time."""
+    tokenizer = char_tokenizer(ALPHABET)
+    checkpoint = save_checkpoint(tmp_path / "base", "sdar_moe", tokenizer, num_layers=8)
+    recipe = recipe_of(checkpoint, "sft", {"name": "verl", "in_process": True})
+    with LiveBytes() as count:
+        engine: Any = recipe.executor.build().create(recipe, tokenizer, needs_reference=False, critic_lr=None)
+    local = LocalEngine.create(recipe, tokenizer, needs_reference=False)
+    whole = weight_bytes(local.family)
+    own = dict(engine.workers.worker.engine.local.family.network.named_parameters())
+    assert whole < count.peak < 1.4 * whole
+    for name, parameter in local.family.network.named_parameters():
+        assert torch.equal(own[name].full_tensor(), parameter)
+    engine.close()

@@ -22,10 +22,12 @@ from dare.core.rng import Key
 from dare.core.types import AuxLoss, TraceBatch
 from dare.executors.local import LocalEngine, read_tensors
 from dare.executors.verl import shards
+from dare.executors.verl.loading import Loader
 from dare.executors.verl.model import MODEL_TYPE, DiffusionModel
 from dare.executors.verl.split import Shard
 from dare.families.build import DTYPES, build_family
 from dare.families.layers.moe import ExpertLoad
+from dare.families.network import Network
 from dare.families.weights import filled_family, read_weights, save_family
 from dare.training.optim import Optimizer
 
@@ -37,7 +39,10 @@ class DiffusionFSDPEngine(FSDPEngine):  # type: ignore[misc]
     local: LocalEngine
 
     def initialize(self) -> None:
-        """Build, shard and hand over to the optimizers. Every process loads the checkpoint on its CPU."""
+        """Build, shard and hand over to the optimizers.
+
+        A checkpoint is read a layer at a time; new models, merged adapters and models with a critic are built whole.
+        """
         model: DiffusionModel = self.model_config
         recipe, options = model.recipe, model.options
         on_cpu = recipe.model.model_copy(update={"device": "cpu"})
@@ -47,13 +52,21 @@ class DiffusionFSDPEngine(FSDPEngine):  # type: ignore[misc]
             reshard_after_forward=options.reshard_after_forward,
             cpu_offload=options.cpu_offload,
         )
+        loader = Loader.of(recipe) if model.critic_lr is None else None
+        place = torch.device("cpu" if options.cpu_offload else self.device_mesh.device_type)
+
+        def prepare(network: Network) -> None:
+            self.shard(network)
+            if loader is not None:
+                loader.fill(network, place)
+
         self.local = LocalEngine(
             recipe,
-            build_family(on_cpu, model.tokenizer, Key(recipe.seed), recipe.lora),
+            build_family(on_cpu, model.tokenizer, Key(recipe.seed), recipe.lora) if loader is None else loader.family,
             num_updates=recipe.train.steps * recipe.train.updates_per_rollout,
             needs_reference=model.needs_reference,
             critic_lr=model.critic_lr,
-            prepare=self.shard,
+            prepare=prepare,
         )
         self.local.gradient_factor = float(dist.get_world_size())  # FSDP divides the sum over processes by it
         self.module = self.local.family.network
