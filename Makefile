@@ -5,7 +5,7 @@ BIN := .venv/bin
 SEED ?= 0
 OUT ?= runs/demo
 
-.PHONY: demo test test-scale lint docs
+.PHONY: demo test test-scale test-backends lint docs audit
 
 .venv/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or 3.12 with venv found; install one or run: make PYTHON=/path/to/python"; exit 1; }
@@ -31,11 +31,27 @@ test: lint
 test-scale: .venv-verl/.installed
 	OMP_NUM_THREADS=1 timeout 1200 .venv-verl/bin/python -m pytest tests/scale
 
+# OpenCompass needs numpy 1, hence an environment of its own; lm-eval and the server share it.
+.venv-backends/.installed: pyproject.toml constraints-backends.txt
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 or 3.12 with venv found; install one or run: make PYTHON=/path/to/python"; exit 1; }
+	test -x .venv-backends/bin/python || $(PYTHON) -m venv .venv-backends
+	.venv-backends/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-backends.txt -e ".[opencompass,lm-eval,serve]" pytest
+	@touch $@
+
+test-backends: .venv-backends/.installed
+	OMP_NUM_THREADS=1 timeout 1200 .venv-backends/bin/python -m pytest tests/backends
+
 lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# pip-audit is in an environment of its own, so that it does not count among what we require.
+audit: .venv/.installed
+	$(BIN)/python tools/licences.py --extra dev --extra tensorboard
+	test -x .venv-audit/bin/pip-audit || { $(PYTHON) -m venv .venv-audit && .venv-audit/bin/python -m pip install --quiet pip-audit; }
+	.venv-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 # The documentation as a site: build/site. The tests build it too.
 docs: .venv/.installed

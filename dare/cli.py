@@ -34,6 +34,7 @@ from dare.cli_seeing import view, watch
 from dare.cli_serve import serve
 from dare.core.errors import DareError, Interrupted
 from dare.core.faults import explain_fault
+from dare.core.secrets import hide_secrets
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -310,7 +311,7 @@ def report(
 
 
 def _fail(text: str) -> None:
-    first, _, rest = text.partition("\n")
+    first, _, rest = hide_secrets(text).partition("\n")
     typer.secho(f"error: {first}", fg="red", bold=True, err=True)
     if rest:
         typer.secho(rest, fg="red", err=True)

@@ -236,6 +236,6 @@ def _known_block_length(recipe: Recipe) -> int | None:
         return None
     try:
         value = json.loads(config.read_text(encoding="utf-8")).get("block_size")
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
+    except (ValueError, RecursionError, AttributeError):
         return None  # loading reports it
     return value if isinstance(value, int) else None

@@ -100,7 +100,7 @@ def read_json(path: Path, kind: str) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DareError(f"{kind} not found", where=str(path)) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also numbers with too many digits, brackets too deep
         raise DareError(f"{kind} is not valid JSON", where=str(path), got=str(error)) from None
 
 
@@ -144,8 +144,14 @@ class JsonLines:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSON-lines log; a last line that is still being written is ignored."""
-    return [json.loads(line) for line in complete_lines(path)]
+    """The whole lines of a JSON-lines log; a last line that is still being written is ignored.
+
+    Raises DareError for a line that is no JSON.
+    """
+    try:
+        return [json.loads(line) for line in complete_lines(path)]
+    except (ValueError, RecursionError) as error:
+        raise DareError("a line of the log is not valid JSON", where=str(path), got=str(error)) from None
 
 
 def complete_lines(path: Path) -> list[str]:

@@ -27,6 +27,7 @@ from dare.core.registry import resolve
 from dare.core.reward_recipe import GroupRecipe, RewardRecipe
 from dare.core.rollout_recipe import RolloutRecipe
 from dare.core.validation_recipe import ValidationRecipe
+from dare.core.yaml_text import load_yaml
 
 
 class Plugin(BaseModel):
@@ -273,7 +274,7 @@ def _read(path: Path) -> dict[str, Any]:
             f"recipe not found: {path}", fix="give the path of a YAML file; `dare list recipes` shows the shipped ones"
         )
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = load_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise DareError("the recipe is not valid YAML", where=str(path), got=str(error)) from None
     if not isinstance(data, dict):
@@ -302,7 +303,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
     if not separator or not key:
         raise DareError(f"cannot read the override '{override}'", expected="key=value, for example train.steps=50")
     try:
-        value = yaml.safe_load(text)
+        value = load_yaml(text)
     except yaml.YAMLError as error:
         raise DareError(f"cannot read the value of the override '{override}'", got=str(error)) from None
     *parents, leaf = key.split(".")

@@ -38,7 +38,7 @@ def score_trace(task: Task[Any], prompts: list[Prompt], trace: TraceBatch, token
     for row, (prompt, completion) in enumerate(zip(prompts, to_completions(trace), strict=True)):
         text = decode_text(tokenizer, completion.tokens)
         blocks = trace.canvas.block_BS[row][is_scored_BS[row]].tolist()
-        scored.append(Scored(prompt, completion, text, task.reward(prompt, text), blocks))
+        scored.append(Scored(prompt, completion, text, task.judge(prompt, text), blocks))
     return scored
 
 

@@ -160,7 +160,7 @@ def _describe(config: Config, where: str) -> tuple[str, CausalSizes]:
         return layout, CausalSizes(
             vocab_size=fields.integer("vocab_size"),
             hidden_size=hidden_size,
-            num_layers=fields.integer("num_hidden_layers"),
+            num_layers=fields.layers("num_hidden_layers"),
             num_heads=num_heads,
             num_kv_heads=fields.integer("num_key_value_heads", num_heads),
             head_dim=fields.integer("head_dim", hidden_size // num_heads),

@@ -11,6 +11,7 @@ from dare.core.errors import DareError
 from dare.core.spec import BlockGrid
 
 Config = dict[str, Any]
+MAX_INTEGER, MAX_NUMBER, MAX_LAYERS = 2**31 - 1, 1e30, 1000  # beyond what any model has
 
 
 @dataclass(frozen=True)
@@ -119,16 +120,25 @@ class Fields:
         self.config = config
 
     def integer(self, name: str, default: int | None = None, *, minimum: int = 1) -> int:
-        """An integer >= `minimum`; an absent or null field takes `default` if there is one."""
+        """An integer from `minimum` to `MAX_INTEGER`; an absent or null field takes `default` if there is one."""
         value = self._value(name, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             raise self._wrong(name, value, f"an integer >= {minimum}")
+        if value > MAX_INTEGER:
+            raise self._wrong(name, value, f"an integer <= {MAX_INTEGER}")
+        return value
+
+    def layers(self, name: str) -> int:
+        """A number of layers: bounded, because a network is built layer by layer before its weights are looked at."""
+        value = self.integer(name)
+        if value > MAX_LAYERS:
+            raise self._wrong(name, value, f"at most {MAX_LAYERS} layers")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
-        """A positive number; an absent or null field takes `default` if there is one."""
+        """A positive number, at most `MAX_NUMBER`; an absent or null field takes `default` if there is one."""
         value = self._value(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MAX_NUMBER:
             raise self._wrong(name, value, "a positive number")
         return float(value)
 
@@ -241,4 +251,4 @@ def matches_architecture(config: Config, model_type: str, architecture: str) -> 
 
 
 def _as_json(value: object) -> str:
-    return json.dumps(value, default=str)
+    return json.dumps(value, default=str)[:200]

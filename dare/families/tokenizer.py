@@ -51,7 +51,7 @@ def load_tokenizer(path: str | Path) -> Any:
     try:
         # A blank config, because transformers does not know the families' config.json and would warn about it.
         return AutoTokenizer.from_pretrained(folder, config=PretrainedConfig(), trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except Exception as error:  # `tokenizers` raises nothing more specific for a malformed file
         raise DareError(
             "the tokenizer cannot be loaded",
             where=str(folder),

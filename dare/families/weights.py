@@ -241,8 +241,11 @@ def _describe(folder: Path) -> tuple[FamilyType, FamilySpec, Config, Config | No
 
 def _build(family_type: FamilyType, config: Config) -> Network:
     """The network on the meta device: shapes only, so no time, memory or random numbers are spent on it."""
-    with torch.device("meta"):
-        return family_type.build(config)
+    try:
+        with torch.device("meta"):
+            return family_type.build(config)
+    except (RuntimeError, OverflowError) as error:  # sizes whose product is no size
+        raise DareError("no network has the sizes of this config", where="config.json", got=str(error)) from None
 
 
 def _read_config(path: Path) -> Config:

@@ -14,6 +14,8 @@ import yaml
 
 from dare.core.errors import DareError
 from dare.core.files import complete_lines
+from dare.core.secrets import hide_secrets
+from dare.core.yaml_text import load_yaml
 
 Record = dict[str, Any]
 
@@ -161,7 +163,7 @@ def _read_log(path: Path, needed: dict[str, Any], unread: list[str]) -> list[Rec
     for line in complete_lines(path):
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             num_bad += 1
             continue
         # Metrics may be NaN: charts leave such steps out and say how many.
@@ -204,7 +206,7 @@ def _read_info(path: Path, unread: list[str]) -> Record:
         return {}
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         info = None
     if not isinstance(info, dict):
         unread.append("run.json cannot be read")
@@ -226,7 +228,7 @@ def _parts(version_text: str) -> list[int]:
 
 def _parse_recipe(text: str, unread: list[str]) -> Record:
     try:
-        recipe = yaml.safe_load(text) or {}
+        recipe = load_yaml(hide_secrets(text)) or {}
     except yaml.YAMLError:
         recipe = None
     if not isinstance(recipe, dict):

@@ -15,9 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel, FiniteFloat, ValidationError
+
 from dare.core.decode import Decode
 from dare.core.errors import DareError
 from dare.core.files import write_bytes
+from dare.core.recipe_errors import explain
 from dare.core.spec import FamilySpec
 from dare.core.types import TraceBatch
 from dare.diffusion import unmask
@@ -36,6 +39,27 @@ _REQUIRED = (*_CANVAS, "step_map_BS", "nfe_B")
 _PREDICTIONS = ("row_P", *_OPEN, "row_D", "step_D", "start_D", "quota_D", "row_M", "step_M", "position_M")
 _KINDS = {"eos_ids": list, "temperature": float, "decode": dict, "policy": dict, "labels": list, "pieces": dict}
 _TOKENS = ("input_BS", "token_E", "held_P", "token_P", "top_PA")
+
+
+class _PolicyInfo(BaseModel):
+    name: str = "?"
+    score: str = ""
+    rule: str = ""
+    is_first_forced: bool = False
+
+
+class _Info(BaseModel):
+    """The types of what readers use of the metadata; what else a file of a later version says is let be."""
+
+    version: int
+    mask_id: int
+    eos_ids: list[int] = []
+    family: str = "?"
+    temperature: FiniteFloat = 0.0
+    policy: _PolicyInfo = _PolicyInfo()
+    labels: list[str] = []
+    pieces: dict[str, str] = {}
+    decode: dict[str, str | bool | int | FiniteFloat | list[Any] | dict[str, Any] | None] = {}
 
 
 @dataclass(frozen=True)
@@ -111,7 +135,7 @@ def load_trace(path: Path) -> TraceFile:
     try:
         info = json.loads(metadata[_KEY])
         version = int(info["version"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         raise DareError(
             "not a trace file",
             where=str(path),
@@ -200,5 +224,7 @@ def _check(path: Path, arrays: Mapping[str, np.ndarray], info: Mapping[str, Any]
             raise DareError("the trace is malformed", where=where, got=f"{name} is {array.dtype}, not bool")
         if array.dtype.kind == "f" and not bool((abs(array) < math.inf).all()):
             raise DareError("the trace is malformed", where=where, got=f"{name} is not finite")
-    if not isinstance(info.get("mask_id"), int):
-        raise DareError("the trace is malformed", where=where, got="no mask_id in its metadata")
+    try:
+        _Info.model_validate(info)
+    except ValidationError as error:
+        raise explain(error, _Info, where=where, what="the trace is malformed: its metadata is") from None

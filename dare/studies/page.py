@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dare.core.secrets import hide_secrets
 from dare.report.curves import Chart, Series
 from dare.report.drawing import SMALL, Drawing, draw
 from dare.report.templating import environment, points
@@ -61,7 +62,10 @@ def _view(plan: Plan, table: Table, results: Sequence[Result | Missing]) -> View
         headlines=headlines(table, baseline_of(plan)),
         drawings=[draw(chart, SMALL) for chart in study_charts(table, plan.study.budget.unit)],
         scale=next((scale for scale in _SCALES if highest <= scale), 1.0),
-        recipes=[(name, first[name].recipe.dump_yaml()) for name in dict.fromkeys(cell.algorithm for cell in cells)],
+        recipes=[
+            (name, hide_secrets(first[name].recipe.dump_yaml()))
+            for name in dict.fromkeys(cell.algorithm for cell in cells)
+        ],
     )
 
 

@@ -25,6 +25,7 @@ import yaml
 from dare.core.errors import DareError
 from dare.core.files import read_json, write_text
 from dare.core.recipe import Recipe
+from dare.core.yaml_text import load_yaml
 from dare.studies.results import step_cost
 from dare.studies.study import Cell, Panel, Plan, Unit, fixed_settings, flatten
 from dare.training.checkpoint import resolve_model_path
@@ -218,7 +219,7 @@ def check_settings(job: Job, folder: Path) -> None:
 def _settings(path: Path) -> dict[str, Any]:
     """The dotted keys of a recipe; none if there is no file or it cannot be read, which `dare train` will say."""
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+        data = load_yaml(path.read_text(encoding="utf-8")) if path.is_file() else None
     except (yaml.YAMLError, UnicodeDecodeError):
         data = None
     return flatten(data) if isinstance(data, dict) else {}

@@ -25,6 +25,7 @@ from dare.core.options import Options
 from dare.core.recipe import Recipe, merge, parse_recipe, read_recipe
 from dare.core.recipe_errors import explain
 from dare.core.registry import FAMILIES, resolve
+from dare.core.yaml_text import load_yaml
 
 Unit = Literal["completions", "forwards", "seconds"]
 _TUNABLE = ("optimizer", "train.updates_per_rollout")
@@ -156,7 +157,7 @@ def load_study(path: Path) -> Plan:
             "study not found", where=str(path), fix="give a YAML file such as recipes/studies/tiny_zoo.yaml"
         )
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = load_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise DareError("the study is not valid YAML", where=str(path), got=str(error)) from None
     if not isinstance(data, dict):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import ClassVar, Generic, TypeVar
 
 from pydantic import Field
 
-from dare.core.errors import unknown_name
+from dare.core.errors import NonFiniteError, unknown_name
 from dare.core.options import Options
 from dare.core.text import Prompt, Reward
 
@@ -57,6 +58,19 @@ class Task(ABC, Generic[OptionsT]):
 
         `value`, in [0, 1], is for training; `is_solved` for evaluation, where partial credit counts nothing.
         """
+
+    def judge(self, prompt: Prompt, completion: str) -> Reward:
+        """`reward`, checked. Raises NonFiniteError naming the problem if it or a part of it is NaN or infinite."""
+        reward = self.reward(prompt, completion)
+        for name, number in (("value", reward.value), *reward.parts.items()):
+            if not math.isfinite(number):
+                raise NonFiniteError(
+                    f"a reward of {type(self).__name__} is not finite",
+                    where=f"{prompt.uid}, {name}",
+                    got=number,
+                    fix="correct the task's reward; the last checkpoint is intact",
+                )
+        return reward
 
     @property
     @abstractmethod

@@ -133,7 +133,7 @@ def _read_back(out: Path, jobs: Sequence[_Job]) -> dict[int, dict[str, Any]]:
             record = json.loads(line)
             index, digest = record["index"], record["id"]
             is_same = 0 <= index < len(jobs) and digest == f"{jobs[index].digest:016x}"
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise DareError(
                 "the output file exists and holds something else", where=where, fix="choose another --out"
             ) from None

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from dare.core.errors import DareError
 from dare.core.recipe import Recipe
 from dare.core.recipe_errors import explain
+from dare.core.yaml_text import load_yaml
 
 if TYPE_CHECKING:
     from dare.training.cluster import ClusterPlan, Hardware, Sharding
@@ -111,7 +112,10 @@ def _hardware(assume: Sequence[str]) -> Hardware:
         key, separator, text = item.partition("=")
         if not separator:
             raise DareError(f"cannot read the assumption '{item}'", expected="key=value, for example mfu=0.35")
-        values[key] = yaml.safe_load(text)
+        try:
+            values[key] = load_yaml(text)
+        except yaml.YAMLError as error:
+            raise DareError(f"cannot read the value of '{item}'", got=str(error)) from None
     try:
         return Hardware.model_validate(values)
     except ValidationError as error:

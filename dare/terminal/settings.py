@@ -11,6 +11,7 @@ import yaml
 
 from dare.core.errors import DareError
 from dare.core.recipe import Recipe, load_recipe
+from dare.core.yaml_text import load_yaml
 
 PromptWords = str | list[int] | list[dict[str, str]]
 
@@ -40,7 +41,7 @@ def parse_options(words: list[str]) -> dict[str, Any]:
         if not separator or not key:
             raise DareError(f"cannot read the option '{word}'", expected="key=value, for example gen_length=32")
         try:
-            options[key] = yaml.safe_load(text)
+            options[key] = load_yaml(text)
         except yaml.YAMLError as error:
             raise DareError(f"cannot read the value of '{word}'", got=str(error)) from None
     return options
@@ -130,7 +131,7 @@ def _read_line(line: str, *, where: str, is_chat: bool) -> PromptWords:
     expected = '{"prompt": TEXT or MESSAGES}, or {"prompt_ids": [1, 2, 3]}'
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise DareError("the line is not valid JSON", where=where, got=str(error), expected=expected) from None
     prompt = record.get("prompt") if isinstance(record, dict) else None
     ids = record.get("prompt_ids") if isinstance(record, dict) else None

@@ -178,7 +178,7 @@ def judge_drafts(
         prompt, text, is_finished = prompts[row], decode_text(tokenizer, tokens), tokens[-1:] in ends
         draft = (prompt.uid, text, len(tokens), is_finished)
         if draft not in known:
-            parts = mix.trained(task.reward(prompt, text), len(tokens), is_finished=is_finished)
+            parts = mix.trained(task.judge(prompt, text), len(tokens), is_finished=is_finished)
             known[draft] = mix.total(parts)
         rewards.append(known[draft])
     return replace(drafts, reward_D=torch.tensor(rewards, dtype=torch.float32))

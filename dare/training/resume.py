@@ -13,6 +13,8 @@ from typing import Any, Literal
 from dare.core.errors import DareError
 from dare.core.files import sync_directory
 from dare.core.recipe import Recipe, read_recipe
+from dare.core.secrets import hide_secrets
+from dare.core.yaml_text import load_yaml
 from dare.training.checkpoint import TrainerState, list_checkpoints, read_state
 
 # newest: damage is an error; auto: pass over damaged checkpoints, as far back as the beginning
@@ -53,8 +55,8 @@ def require_new_folder(run_dir: Path, resume: Resume) -> None:
 
 
 def check_same_recipe(path: Path, recipe: Recipe) -> None:
-    """Raises DareError unless `recipe` is the one at `path`, but for what a resumed run may change."""
-    changed = _differences(_fixed_part(read_recipe(path)), _fixed_part(recipe.model_dump(mode="json")))
+    """Raises DareError unless `recipe` is the one at `path`, but for secrets and what a resumed run may change."""
+    changed = _differences(_fixed_part(read_recipe(path)), _fixed_part(load_yaml(hide_secrets(recipe.dump_yaml()))))
     if changed:
         raise DareError(
             "the recipe differs from the one that this run was started with",

@@ -29,6 +29,7 @@ from dare.core.engine import Engine
 from dare.core.errors import DareError
 from dare.core.files import JsonLines, read_lines, settle, write_json, write_text
 from dare.core.recipe import Recipe
+from dare.core.secrets import hide_secrets
 from dare.training.checkpoint import BEST_NAME, TrainerState, save_checkpoint, write_checkpoint
 from dare.training.resume import Resume, check_same_recipe, choose_checkpoint, lock_folder, require_new_folder
 from dare.training.stop import StopRequest, StopSignals
@@ -101,7 +102,7 @@ class Session:
         self.first_step = state.step if state else 0
         self.done_step: int | None = self.first_step
         self._saved_step = self.first_step
-        write_text(self.run_dir / "recipe.yaml", self.recipe.dump_yaml())
+        write_text(self.run_dir / "recipe.yaml", hide_secrets(self.recipe.dump_yaml()))
         self.logs = {name: JsonLines(self.run_dir / f"{name}.jsonl") for name in _LOGS}
         for name, log in self.logs.items():
             opened.callback(log.close)
@@ -271,6 +272,6 @@ class Session:
         if torch.cuda.is_available():
             machine["gpu"] = torch.cuda.get_device_name()
         record = {"status": status, "name": self.recipe.name, "seed": self.recipe.seed, "versions": packages}
-        write_json(
-            self.run_dir / "run.json", {**record, "python": platform.python_version(), "machine": machine, **more}
-        )
+        record |= {"python": platform.python_version(), "machine": machine, **more}
+        shown = {key: hide_secrets(value) if isinstance(value, str) else value for key, value in record.items()}
+        write_json(self.run_dir / "run.json", shown)

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 from dare.core.errors import DareError
 from dare.core.recipe import Recipe
+from dare.core.secrets import hide_secrets
+from dare.core.yaml_text import load_yaml
 
 
 class Tracker(Protocol):
@@ -32,7 +34,10 @@ class _WandB:
     def __init__(self, recipe: Recipe, run_dir: Path) -> None:
         module = _import("wandb", "log.wandb_project", "wandb")
         self._run = module.init(
-            project=recipe.log.wandb_project, name=recipe.name, dir=str(run_dir), config=recipe.model_dump(mode="json")
+            project=recipe.log.wandb_project,
+            name=recipe.name,
+            dir=str(run_dir),
+            config=load_yaml(hide_secrets(recipe.dump_yaml())),
         )
 
     def log(self, step: int, values: dict[str, float]) -> None:

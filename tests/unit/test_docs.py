@@ -81,3 +81,15 @@ def test_every_algorithm_has_a_row() -> None:
 def test_every_family_has_a_row() -> None:
     page = (ROOT / "docs" / "families.md").read_text()
     assert all(f"| `{name}` |" in page for name in TABLES["families"])
+
+
+def test_every_line_of_the_determinism_page_has_its_test() -> None:
+    page = (ROOT / "docs" / "determinism.md").read_text()
+    promised = page.split("## Not reproducible")[0]
+    lines = [line for line in promised.splitlines() if line.startswith("|")]
+    rows = [line for line in lines if not line.startswith(("|---", "| what "))]
+    assert len(rows) > 20
+    for row in rows:
+        match = re.search(r"`(tests/[\w/]+\.py)::(test_\w+)` \|$", row)
+        assert match is not None, row
+        assert f"def {match[2]}(" in (ROOT / match[1]).read_text(), row

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from dare.core.errors import DareError, unknown_name
 from dare.core.recipe_errors import explain
+from dare.core.yaml_text import load_yaml
 from dare.evals.suite import Settings
 
 _FOLDER = Path(__file__).parent
@@ -65,6 +66,12 @@ def plan(
     return [_planned(task, rows[task], common, preset, overrides or {}) for task in tasks or rows]
 
 
+def published_models() -> dict[str, dict[str, Any]]:
+    """The table of preset paper: by model, its family, source, style, and tasks with settings and published scores."""
+    models: dict[str, dict[str, Any]] = _read(_FOLDER / "paper.yaml", "paper")["models"]
+    return models
+
+
 def _table(preset: str, family: str) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     data = _read(_FOLDER / "table.yaml" if preset == "table" else Path(preset), preset)
     tasks, samplers = data.get("tasks"), data.get("samplers") or {}
@@ -78,7 +85,7 @@ def _table(preset: str, family: str) -> tuple[dict[str, dict[str, Any]], dict[st
 
 
 def _paper(family: str, checkpoint: str, model: str | None) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    models = _read(_FOLDER / "paper.yaml", "paper")["models"]
+    models = published_models()
     name = model or Path(checkpoint).name
     if name not in models:
         error = unknown_name("published model", name, models, where="--model" if model else "the checkpoint's name")
@@ -124,7 +131,7 @@ def _read(path: Path, preset: str) -> dict[str, Any]:
     if not path.is_file():
         raise unknown_name("preset", preset, ("paper", "table"), where="--preset")
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = load_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise DareError("the preset is not valid YAML", where=str(path), got=str(error)) from None
     if not isinstance(data, dict):

@@ -35,7 +35,7 @@ def read_shape(config: Config) -> DenseShape:
     return DenseShape(
         vocab_size=fields.integer("vocab_size"),
         hidden_size=hidden_size,
-        num_layers=fields.integer("num_hidden_layers"),
+        num_layers=fields.layers("num_hidden_layers"),
         num_heads=num_heads,
         num_kv_heads=fields.integer("num_key_value_heads", num_heads),
         head_dim=hidden_size // num_heads,

@@ -51,7 +51,7 @@ def read_shape(config: Config) -> DenseShape:
     return DenseShape(
         vocab_size=_vocab_size(fields),
         hidden_size=hidden_size,
-        num_layers=fields.integer("n_layers"),
+        num_layers=fields.layers("n_layers"),
         num_heads=num_heads,
         num_kv_heads=fields.integer("n_kv_heads", num_heads),
         head_dim=hidden_size // num_heads,

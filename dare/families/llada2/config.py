@@ -66,7 +66,7 @@ def read_shapes(config: Config) -> tuple[DenseShape, MoEShape, Grouping]:
     fields = Fields(config)
     fields.check(_CHOSEN, is_required=True)
     fields.check(_OPTIONAL)
-    num_layers = fields.integer("num_hidden_layers")
+    num_layers = fields.layers("num_hidden_layers")
     num_dense = fields.integer("first_k_dense_replace", minimum=0)
     expert_size = fields.integer("moe_intermediate_size")
     dense = DenseShape(

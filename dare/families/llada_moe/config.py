@@ -150,7 +150,7 @@ def new_config(sizes: ModelSizes) -> Config:
 
 def _moe_layers(fields: Fields) -> tuple[bool, ...]:
     """`moe_layer_freq` holds a 1 for each layer with experts and a 0 for each dense one."""
-    num_layers, pattern = fields.integer("num_hidden_layers"), fields.config.get("moe_layer_freq")
+    num_layers, pattern = fields.layers("num_hidden_layers"), fields.config.get("moe_layer_freq")
     if not isinstance(pattern, list) or len(pattern) != num_layers or not all(item in (0, 1) for item in pattern):
         raise DareError(
             "the pattern of layers with experts cannot be used",

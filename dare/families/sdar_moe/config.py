@@ -110,7 +110,7 @@ def new_config(sizes: ModelSizes) -> Config:
 def _moe_layers(fields: Fields) -> tuple[bool, ...]:
     """Every `decoder_sparse_step`-th layer has experts, unless it is listed as dense."""
     step, dense = fields.integer("decoder_sparse_step", 1), fields.config.get("mlp_only_layers") or []
-    num_layers = fields.integer("num_hidden_layers")
+    num_layers = fields.layers("num_hidden_layers")
     if not isinstance(dense, list) or not all(type(index) is int and 0 <= index < num_layers for index in dense):
         raise DareError(
             "the list of dense layers cannot be used",
