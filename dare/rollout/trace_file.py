@@ -37,6 +37,7 @@ _EDITS = ("row_E", "position_E", "token_E", "since_E", "until_E", "logp_E")
 _OPEN = ("step_P", "position_P", "held_P", "token_P", "prob_P", "score_P", "is_written_P", "top_PA", "top_prob_PA")
 _REQUIRED = (*_CANVAS, "step_map_BS", "nfe_B")
 _PREDICTIONS = ("row_P", *_OPEN, "row_D", "step_D", "start_D", "quota_D", "row_M", "step_M", "position_M")
+_KINDS = {"eos_ids": list, "temperature": float, "decode": dict, "policy": dict, "labels": list, "pieces": dict}
 _TOKENS = ("input_BS", "token_E", "held_P", "token_P", "top_PA")
 
 
@@ -141,10 +142,12 @@ def load_trace(path: Path) -> TraceFile:
             got="safetensors without a trace's metadata",
             fix="write one with `dare generate CHECKPOINT --prompt TEXT --save-trace FILE`",
         ) from None
+    strange = [name for name, kind in _KINDS.items() if name in info and not _is_of(info[name], kind)]
     lacking = [name for name in _REQUIRED if name not in arrays]
     if lacking:
         raise DareError("the trace lacks tensors that every trace has", where=str(path), got=f"no {', '.join(lacking)}")
-    missing = []
+    missing = [f"its metadata has no readable {name}" for name in strange]
+    info = {name: value for name, value in info.items() if name not in strange}
     if version > VERSION:
         missing.append(
             f"the file is of format version {version}, this DARE reads up to {VERSION}: what is newer is left out"
@@ -191,6 +194,12 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         ) from None
 
 
+def _is_of(value: Any, kind: type) -> bool:
+    """Whether an entry of the metadata is of the kind that this version writes; float stands for any finite number."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return is_number if kind is float else isinstance(value, kind)
+
+
 def _check(path: Path, arrays: Mapping[str, np.ndarray], info: Mapping[str, Any]) -> None:
     """Raise DareError unless shapes fit together and indices point into the canvas."""
     shape = arrays["input_BS"].shape
@@ -211,6 +220,8 @@ def _check(path: Path, arrays: Mapping[str, np.ndarray], info: Mapping[str, Any]
         limit = {"row": shape[0], "position": shape[1]}.get(name.rpartition("_")[0])
         if limit is not None and len(array) and not 0 <= int(array.min()) <= int(array.max()) < limit:
             raise DareError("the trace is malformed", where=where, got=f"{name} outside 0..{limit - 1}")
+        if name.startswith("is_") and array.dtype != bool:
+            raise DareError("the trace is malformed", where=where, got=f"{name} is {array.dtype}, not bool")
         if array.dtype.kind == "f" and not bool((abs(array) < math.inf).all()):
             raise DareError("the trace is malformed", where=where, got=f"{name} is not finite")
     try:

@@ -172,6 +172,17 @@ def test_a_newer_file_is_read_as_far_as_possible(trace_path: Path, tmp_path: Pat
     assert not partly.has_predictions
 
 
+@pytest.mark.parametrize("name", ["eos_ids", "temperature", "decode", "policy", "labels", "pieces"])
+def test_metadata_of_another_kind_is_left_out_and_said(name: str, trace_path: Path, tmp_path: Path) -> None:
+    for odd in (None, "</script>", True):
+        file = load_trace(changed(trace_path, tmp_path / "odd.safetensors", info={name: odd}))
+        assert file.missing == [f"its metadata has no readable {name}"]
+        assert read_row(file, 0).steps
+        page = write_trace_page([file], tmp_path / "odd.html")
+        assert f"no readable {name}" in page.read_text("utf-8")
+        assert "step 1" in text_of([file], step=1)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -189,6 +200,12 @@ def test_damaged_traces_are_refused(change: dict[str, object], message: str, tra
     path = changed(trace_path, tmp_path / "d.safetensors", **change)  # type: ignore[arg-type]
     with pytest.raises(DareError, match=message):
         load_trace(path)
+
+
+def test_masks_are_masks(trace_path: Path, tmp_path: Path) -> None:
+    numbers = load_file(trace_path)["is_real_BS"].astype(np.float32)
+    with pytest.raises(DareError, match="is_real_BS is float32, not bool"):
+        load_trace(changed(trace_path, tmp_path / "d.safetensors", is_real_BS=numbers))
 
 
 def test_files_that_are_no_traces_are_refused(trace_path: Path, tmp_path: Path) -> None:
