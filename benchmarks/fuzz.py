@@ -2,7 +2,7 @@
 
 python benchmarks/fuzz.py --minutes 5 [--only WORD] [--out FILE]
 
-A finding is an exception that is no DareError, more than 20 seconds, more than 4 GiB, or a file outside of the folder.
+A finding is an exception that is no DareError, more than 10 seconds of processor time, more than 4 GiB, or a file outside of the folder.
 Prints each finding once, with the shortest input that hypothesis finds; exit code 1 if there are any.
 """
 
