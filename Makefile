@@ -5,7 +5,7 @@ BIN := .venv/bin
 SEED ?= 0
 OUT ?= runs/demo
 
-.PHONY: demo test test-scale lint docs audit
+.PHONY: demo test test-scale test-backends lint docs audit
 
 .venv/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or 3.12 with venv found; install one or run: make PYTHON=/path/to/python"; exit 1; }
@@ -30,6 +30,16 @@ test: lint
 
 test-scale: .venv-verl/.installed
 	OMP_NUM_THREADS=1 timeout 1200 .venv-verl/bin/python -m pytest tests/scale
+
+# OpenCompass needs numpy 1, hence an environment of its own; lm-eval and the server share it.
+.venv-backends/.installed: pyproject.toml constraints-backends.txt
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 or 3.12 with venv found; install one or run: make PYTHON=/path/to/python"; exit 1; }
+	test -x .venv-backends/bin/python || $(PYTHON) -m venv .venv-backends
+	.venv-backends/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-backends.txt -e ".[opencompass,lm-eval,serve]" pytest
+	@touch $@
+
+test-backends: .venv-backends/.installed
+	OMP_NUM_THREADS=1 timeout 1200 .venv-backends/bin/python -m pytest tests/backends
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

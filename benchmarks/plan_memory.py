@@ -2,7 +2,8 @@
 
     python benchmarks/plan_memory.py             # some minutes; writes benchmarks/results/plan_memory.txt
 
-Each row plans a recipe in one process and trains it for two steps in another, whose peak the kernel reports.
+Each row plans a recipe in one process and trains it for two steps in another, whose peak the kernel reports. "adapter"
+is a rank-16 adapter on the medium model that the row before it has trained.
 """
 
 from __future__ import annotations
@@ -19,23 +20,30 @@ from typing import Any
 
 MIB = 1 << 20
 # hidden size, layers, rows of a step, micro-batch views
-SIZES = {"small": (256, 6, 16, 16), "medium": (512, 6, 16, 4), "large": (768, 8, 8, 8)}
+SIZES = {
+    "small": (256, 6, 16, 16),
+    "medium": (512, 6, 16, 4),
+    "adapter": (512, 6, 16, 4),
+    "large": (768, 8, 8, 8),
+}
 
 
 def recipe(name: str, data: Path) -> dict[str, Any]:
     hidden_size, num_layers, rows, views = SIZES[name]
+    create = {
+        "family": "llada",
+        "hidden_size": hidden_size,
+        "num_layers": num_layers,
+        "num_heads": hidden_size // 64,
+        "mlp_size": hidden_size * 3,
+        "max_length": 256,
+    }
+    model: dict[str, Any] = {"model": {"create": create}}
+    if name == "adapter":
+        model = {"model": {"path": str(data.parent / "run-medium")}, "lora": {"rank": 16}}
     return {
         "name": f"plan-{name}",
-        "model": {
-            "create": {
-                "family": "llada",
-                "hidden_size": hidden_size,
-                "num_layers": num_layers,
-                "num_heads": hidden_size // 64,
-                "mlp_size": hidden_size * 3,
-                "max_length": 256,
-            }
-        },
+        **model,
         "algorithm": {"name": "sft"},
         "data": {"path": str(data), "eos": "one"},
         "decode": {"gen_length": 32, "block_length": 32},
@@ -82,6 +90,7 @@ def main() -> None:
     parser.add_argument("--child", choices=["plan", "train"])
     parser.add_argument("--name", choices=list(SIZES))
     parser.add_argument("--folder", type=Path)
+    parser.add_argument("--sizes", choices=list(SIZES), nargs="+", default=list(SIZES))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "plan_memory.txt")
     options = parser.parse_args()
     if options.child:
@@ -92,7 +101,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_rows(folder / "rows.jsonl")
-        for size in SIZES:
+        for size in options.sizes:
             planned, measured = run("plan", size, folder), run("train", size, folder)
             error = planned["peak"] / measured["peak"] - 1.0
             lines.append(

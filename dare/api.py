@@ -18,10 +18,11 @@ from dare.core.recipe import Recipe, TaskChoice, load_recipe, parse_recipe
 from dare.core.recipe_errors import explain
 from dare.core.rng import Key
 from dare.core.types import TraceBatch
-from dare.evals.backend import NativeBackend
+from dare.evals.backend import Backend, NativeBackend
 from dare.evals.benchmarks.programs import ProgramBenchmark
 from dare.evals.benchmarks.table import find_benchmark
 from dare.evals.presets import plan
+from dare.evals.remote import HttpBackend, is_url
 from dare.evals.runner import evaluate_task
 from dare.evals.suite import Shard, run_benchmark
 from dare.families.average import average_checkpoints
@@ -174,16 +175,15 @@ def evaluate_benchmarks(
     out         a folder per task: manifest.json, card.md, records.jsonl; an earlier run of the same settings goes on
     preset      table, paper or a YAML file, see `dare.evals.presets`
     checkpoint  where a model object came from: hashed for the result card
+    model       a loaded model, a checkpoint, or the URL of a server
     published   preset paper: which published model this is; default: the checkpoint's name
     overrides   settings by dotted name, applied last: {"gen_length": 64, "task.num_shots": 4}
     Raises DareError for user mistakes, before the first forward where possible: all data is looked for first.
     """
-    if not isinstance(model, Model):
-        checkpoint = checkpoint or str(model)
-        model = load(model)
     backend = evaluation_backend(model, checkpoint)
-    family = model.family.spec.name
-    planned = plan(preset, tasks, family=family, checkpoint=checkpoint or "", model=published, overrides=overrides)
+    family = family_of(backend, preset)
+    checkpoint = checkpoint or ("" if isinstance(model, Model) else str(model))
+    planned = plan(preset, tasks, family=family, checkpoint=checkpoint, model=published, overrides=overrides)
     benchmarks = [find_benchmark(item.task) for item in planned]
     for benchmark, item in zip(benchmarks, planned, strict=True):
         benchmark.data_path()
@@ -200,12 +200,34 @@ def evaluate_benchmarks(
     return results
 
 
-def evaluation_backend(model: Model, checkpoint: str | None = None) -> NativeBackend:
-    """What evaluations ask of a loaded model; `checkpoint` is where it came from, to be hashed for the result card.
+def evaluation_backend(model: Model | str | Path, checkpoint: str | None = None) -> Backend:
+    """What evaluations ask of a model: a loaded one, a checkpoint, or the URL of a server.
 
-    Raises DareError if the model has no tokenizer.
+    checkpoint  where a model object came from, to be hashed for the result card
+    Raises DareError if the model has no tokenizer, and as `dare.load` or `HttpBackend` do.
     """
+    if not isinstance(model, Model):
+        checkpoint = str(model)
+        if is_url(checkpoint):
+            return HttpBackend(checkpoint)
+        model = load(model)
     if model.tokenizer is None:
         raise DareError("evaluation needs a tokenizer", fix="put the model's tokenizer files into the folder")
     folder = None if checkpoint is None else Path(resolve_checkpoint(resolve_model_path(checkpoint)))
     return NativeBackend(model.family, model.tokenizer, folder)
+
+
+def family_of(backend: Backend, preset: str | None) -> str:
+    """The family that a preset is looked up for; "" where there is no preset and the back end does not know.
+
+    Raises DareError for a preset with a back end that does not know.
+    """
+    family = backend.describe()["family"]
+    if family is None and preset is not None:
+        raise DareError(
+            "a server does not say which family it serves, so no preset fits",
+            where="--preset",
+            got=preset,
+            fix="give --tasks and the decode options",
+        )
+    return family or ""

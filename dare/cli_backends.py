@@ -11,7 +11,7 @@ import typer
 
 from dare.core.errors import DareError, unknown_name
 
-_EXTRAS = {"lm-eval": "lm_eval"}  # and the module that it installs
+_EXTRAS = {"lm-eval": "lm_eval", "opencompass": "opencompass"}  # and the module that it installs
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def run_harness(call: HarnessCall, on_result: Callable[[str, dict[str, Any]], No
     if call.harness not in _EXTRAS:
         raise unknown_name("back end", call.harness, _EXTRAS, where="--backend")
     _require(call.harness)
-    from dare.harness.lm_run import run_lm_eval
+    from dare.api import family_of
     from dare.harness.place import load_backend
     from dare.harness.planning import plan_tasks
 
@@ -42,13 +42,20 @@ def run_harness(call: HarnessCall, on_result: Callable[[str, dict[str, Any]], No
     planned = plan_tasks(
         call.preset,
         call.tasks,
-        family=backend.describe()["family"],
+        family=family_of(backend, call.preset),
         checkpoint=call.checkpoint,
         model=call.published,
         overrides=call.overrides,
     )
     out = call.out or Path("runs") / "eval" / f"{Path(call.checkpoint).name}-{call.harness}"
-    return run_lm_eval(backend, planned, out, is_weak_sandbox_allowed=call.is_weak_sandbox_allowed, on_result=on_result)
+    is_weak = call.is_weak_sandbox_allowed
+    if call.harness == "opencompass":
+        from dare.harness.compass.run import run_opencompass
+
+        return run_opencompass(backend, planned, out, is_weak_sandbox_allowed=is_weak, on_result=on_result)
+    from dare.harness.lm_run import run_lm_eval
+
+    return run_lm_eval(backend, planned, out, is_weak_sandbox_allowed=is_weak, on_result=on_result)
 
 
 def print_result(task: str, result: dict[str, Any]) -> None:

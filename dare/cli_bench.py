@@ -34,9 +34,9 @@ def rollout(
     mlp: Annotated[int, typer.Option(min=1, help="width of the feed-forward part")] = 1536,
     vocab: Annotated[int, typer.Option(min=64)] = 32768,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
-    repeats: Annotated[int, typer.Option(min=1, help="runs of the engine; the fastest counts")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="runs of each sampler; the fastest counts")] = 3,
     threads: Annotated[int, typer.Option(min=1)] = 1,
-    has_plain: Annotated[bool, typer.Option("--plain/--no-plain", help="also run the plain sampler, once")] = True,
+    has_plain: Annotated[bool, typer.Option("--plain/--no-plain", help="also run the plain sampler")] = True,
     plain_batch: Annotated[int, typer.Option(min=1, help="its static batch, masked models without a cache")] = 1,
     is_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:

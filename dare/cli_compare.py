@@ -14,6 +14,9 @@ def compare(
     out: Annotated[Path | None, typer.Option(help="folder; default: runs/studies/NAME of the study")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="processes at a time; default: one per CPU")] = None,
     is_check: Annotated[bool, typer.Option("--check", help="check the study and list its runs, run nothing")] = False,
+    is_report: Annotated[
+        bool, typer.Option("--report", help="report on what has been run, run nothing; also while it runs elsewhere")
+    ] = False,
 ) -> None:
     """Compare algorithms under one budget: same start, prompts, decoding and evaluation, several seeds.
 
@@ -24,6 +27,7 @@ def compare(
     Examples:
       dare compare recipes/studies/smoke.yaml --check
       dare compare recipes/studies/smoke.yaml --out runs/smoke --workers 2
+      dare compare recipes/studies/smoke.yaml --out runs/smoke --report
     """
     from dare.studies.study import load_study
 
@@ -37,9 +41,12 @@ def compare(
     import os
 
     from dare.studies.build import build_study_report
-    from dare.studies.run import run_study
+    from dare.studies.run import recorded_cells, run_study
 
     folder = out or Path("runs") / "studies" / plan.study.name
+    if is_report:
+        typer.echo(build_study_report(plan, recorded_cells(plan, folder), folder) / "index.html")
+        return
     try:
         cells = run_study(plan, folder, workers or os.cpu_count() or 1, typer.echo)
     except KeyboardInterrupt as error:

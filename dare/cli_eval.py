@@ -127,6 +127,17 @@ def table(
     typer.echo(table_text(folders), nl=False)
 
 
+@eval_app.command("configs", short_help="The folder of configurations for OpenCompass's own command.")
+def configs() -> None:
+    """Print the folder that `opencompass --config-dir` takes: a model of ours and data sets.
+
+    \b
+    Example:
+      DARE_CHECKPOINT=runs/rl opencompass --config-dir $(dare eval configs) --models dare_model --datasets gsm8k_dare
+    """
+    typer.echo(Path(__file__).parent / "harness" / "compass" / "configs")
+
+
 def data_path() -> None:
     """List the benchmarks: the file of each, or the public data set to get and where to put it.
 
@@ -204,7 +215,9 @@ def _run_benchmarks(
     from dare.evals.suite import Shard
 
     part = Shard.parse(shard) if shard else None
-    model = load_model(checkpoint, *place)
+    from dare.evals.remote import is_url
+
+    model = checkpoint if is_url(checkpoint) else load_model(checkpoint, *place)
     from dare import api
     from dare.terminal.progress import benchmark_line, progress_bar
 

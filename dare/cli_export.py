@@ -30,6 +30,7 @@ def export(
     Examples:
       dare export runs/lora --to models/merged
       dare export runs/lora/checkpoints/step-000100 --adapter --to models/adapter
+      dare export runs/sft/checkpoints/best --to models/best
     """
     torch_device, torch_dtype = find_place(device, dtype)
     from dare import exports

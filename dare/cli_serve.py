@@ -33,7 +33,7 @@ def serve(
 
     Without options, a checkpoint of a run decodes as that run is evaluated. Ctrl-C or SIGTERM lets running requests
     finish; a second one does not. Limits: max_body_bytes, max_prompt_tokens, max_tokens, max_choices, max_items,
-    max_samples, max_queue, timeout_s, read_timeout_s, write_timeout_s, drain_s.
+    max_samples, max_requests, max_queue, timeout_s, read_timeout_s, write_timeout_s, drain_s.
 
     \b
     Examples:

@@ -10,6 +10,9 @@ Where public code wastes more we do not follow it: Fast-dLLM rotates all stored 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -18,10 +21,17 @@ from dare.families.base import Family
 from dare.families.layers.attention import Cache, Visible, attend
 
 
+class PlainRow(NamedTuple):
+    """A completion, whole blocks; `steps` are the row's own denoising steps that committed its tokens."""
+
+    tokens: list[int]
+    steps: list[int]
+
+
 def sample_plainly(
     family: Family, prompts: list[list[int]], decode: Decode, *, seed: int = 0, batch_size: int = 1
-) -> list[list[int]]:
-    """The completion of each prompt, whole blocks. Policies: low_confidence, threshold. Without logit shift.
+) -> list[PlainRow]:
+    """The completion of each prompt. Policies: low_confidence, threshold. Without logit shift.
 
     batch_size  rows of a static batch; masked models with a cache and block models run one prompt at a time, as the
                 public samplers do
@@ -38,24 +48,46 @@ def sample_plainly(
         return [row for batch in batches for row in _whole_canvases(family, batch, decode, noise)]
 
 
-def _whole_canvases(
-    family: Family, prompts: list[list[int]], decode: Decode, noise: torch.Generator
-) -> list[list[int]]:
+@dataclass(frozen=True)
+class _Work:
+    """Rows that are filled in place.
+
+    step_BS  the row's own step that committed a position; -1 before
+    count_B  steps that each row took
+    """
+
+    ids_BS: Tensor
+    step_BS: Tensor
+    count_B: list[int]
+
+    @classmethod
+    def begin(cls, ids_BS: Tensor) -> _Work:
+        return cls(ids_BS, torch.full_like(ids_BS, -1), [0] * len(ids_BS))
+
+    def columns(self, first: int, last: int) -> _Work:
+        """A view of these columns."""
+        return _Work(self.ids_BS[:, first:last], self.step_BS[:, first:last], self.count_B)
+
+    def row(self, index: int, first: int, last: int) -> PlainRow:
+        return PlainRow(self.ids_BS[index, first:last].tolist(), self.step_BS[index, first:last].tolist())
+
+
+def _whole_canvases(family: Family, prompts: list[list[int]], decode: Decode, noise: torch.Generator) -> list[PlainRow]:
     """A forward of all canvases at every step (LLaDA, `generate`)."""
     length = decode.block_length or family.spec.block_length
     canvas = family.empty_canvas(prompts, decode.gen_length, length)
-    ids_BS, is_real_BS = canvas.input_BS.to(family.device), canvas.is_real_BS.to(family.device)
+    work, is_real_BS = _Work.begin(canvas.input_BS.to(family.device)), canvas.is_real_BS.to(family.device)
     for block in range(decode.gen_length // length):
         starts = [len(prompt) + block * length for prompt in prompts]
         is_block_BS = torch.zeros_like(is_real_BS)
         for row, start in enumerate(starts):
             is_block_BS[row, start : start + length] = True
         for step in range(length):
-            if not bool(((ids_BS == family.spec.mask_id) & is_block_BS).any()):
+            if not bool(((work.ids_BS == family.spec.mask_id) & is_block_BS).any()):
                 break
-            logits_BSV = family.logits(ids_BS, is_real_BS)
-            _commit(family, ids_BS, is_block_BS, logits_BSV, decode, noise, _quota(decode, length, length, step))
-    return [ids_BS[row, len(prompt) : len(prompt) + decode.gen_length].tolist() for row, prompt in enumerate(prompts)]
+            logits_BSV = family.logits(work.ids_BS, is_real_BS)
+            _commit(family, work, is_block_BS, logits_BSV, decode, noise, _quota(decode, length, length, step))
+    return [work.row(row, len(prompt), len(prompt) + decode.gen_length) for row, prompt in enumerate(prompts)]
 
 
 class _GrowingCache:
@@ -89,11 +121,11 @@ class _GrowingCache:
         }
 
 
-def _with_stale_cache(family: Family, prompt: list[int], decode: Decode, noise: torch.Generator) -> list[int]:
+def _with_stale_cache(family: Family, prompt: list[int], decode: Decode, noise: torch.Generator) -> PlainRow:
     """Prefix or dual cache (Fast-dLLM): the canvas at the first step of a block, then the rest of it or the block."""
     length = decode.block_length or family.spec.block_length
     ids_1S = torch.tensor([prompt + [family.spec.mask_id] * decode.gen_length], device=family.device)
-    total = ids_1S.shape[1]
+    work, total = _Work.begin(ids_1S), ids_1S.shape[1]
     for start in range(len(prompt), total, length):
         cache = family.cache(1, total) if decode.cache == "dual" else _GrowingCache()
         for step in range(length):
@@ -104,19 +136,19 @@ def _with_stale_cache(family: Family, prompt: list[int], decode: Decode, noise: 
             if isinstance(cache, _GrowingCache):
                 cache.is_storing = False
                 cache.cut(start)
-            part_1T = ids_1S[:, first:last]
             position_T = torch.arange(first, last, device=family.device)
             is_block_1T = ((position_T >= start) & (position_T < start + length))[None]
-            _commit(family, part_1T, is_block_1T, logits_1TV, decode, noise, _quota(decode, length, length, step))
-    return ids_1S[0, len(prompt) :].tolist()
+            quota = _quota(decode, length, length, step)
+            _commit(family, work.columns(first, last), is_block_1T, logits_1TV, decode, noise, quota)
+    return work.row(0, len(prompt), total)
 
 
-def _by_blocks(family: Family, prompt: list[int], decode: Decode, noise: torch.Generator) -> list[int]:
+def _by_blocks(family: Family, prompt: list[int], decode: Decode, noise: torch.Generator) -> PlainRow:
     """One block after the other over cached ones (SDAR), each finished block stored by a further forward."""
     spec, length = family.spec, decode.block_length or family.spec.block_length
     num_masks = decode.gen_length + -(len(prompt) + decode.gen_length) % length
     ids_1S = torch.tensor([prompt + [spec.mask_id] * num_masks], device=family.device)
-    total, cache = ids_1S.shape[1], _GrowingCache()
+    work, total, cache = _Work.begin(ids_1S), ids_1S.shape[1], _GrowingCache()
 
     def run(first: int, last: int, *, is_storing: bool) -> Tensor:
         cache.is_storing = is_storing
@@ -133,12 +165,12 @@ def _by_blocks(family: Family, prompt: list[int], decode: Decode, noise: torch.G
             if not bool((part_1T == spec.mask_id).any()):
                 break
             logits_1TV = run(first, first + length, is_storing=False)
-            every = torch.ones_like(part_1T, dtype=torch.bool)
-            _commit(family, part_1T, every, logits_1TV, decode, noise, _quota(decode, num_masked, length, step))
+            every, quota = torch.ones_like(part_1T, dtype=torch.bool), _quota(decode, num_masked, length, step)
+            _commit(family, work.columns(first, first + length), every, logits_1TV, decode, noise, quota)
         run(first, first + length, is_storing=True)
         if decode.eos_stop is not False and any(token in spec.eos_ids for token in ids_1S[0, len(prompt) :].tolist()):
-            return ids_1S[0, len(prompt) : first + length].tolist()
-    return ids_1S[0, len(prompt) :].tolist()
+            return work.row(0, len(prompt), first + length)
+    return work.row(0, len(prompt), total)
 
 
 def _logits(family: Family, ids_1S: Tensor, first: int, last: int, visible: Visible, cache: Cache) -> Tensor:
@@ -157,7 +189,7 @@ def _quota(decode: Decode, num_masked: int, length: int, step: int) -> int | Non
 
 def _commit(
     family: Family,
-    ids_BT: Tensor,
+    work: _Work,
     is_block_BT: Tensor,
     logits_BTV: Tensor,
     decode: Decode,
@@ -175,9 +207,11 @@ def _commit(
         noisy_BTV = noisy_BTV - decode.temperature * torch.log(-torch.log(uniform_BTV))
     token_BT = noisy_BTV.argmax(-1)
     sure_BT = probs_BTV.gather(-1, token_BT[..., None])[..., 0]
-    sure_BT = sure_BT.masked_fill(~is_block_BT | (ids_BT != mask_id), -torch.inf)
-    for row in range(len(ids_BT)):
+    sure_BT = sure_BT.masked_fill(~is_block_BT | (work.ids_BS != mask_id), -torch.inf)
+    for row in range(len(work.ids_BS)):
         num_masked = int(sure_BT[row].isfinite().sum())
         above = int((sure_BT[row] > (0.9 if decode.threshold is None else decode.threshold)).sum())
         chosen = sure_BT[row].topk(min(num_masked, max(1, above) if quota is None else quota)).indices
-        ids_BT[row, chosen] = token_BT[row, chosen]
+        work.ids_BS[row, chosen] = token_BT[row, chosen]
+        work.step_BS[row, chosen] = work.count_B[row]
+        work.count_B[row] += num_masked > 0

@@ -42,7 +42,7 @@ class RolloutRecipe(Options):
     concurrency: int = Field(64, ge=1, description="requests under way at once, over all servers")
     timeout_s: float = Field(300.0, gt=0.0, description="longest that one request may take, seconds")
     deadline_s: float = Field(
-        3600.0, gt=0.0, description="longest that one rollout may take, retries included, seconds"
+        1800.0, gt=0.0, description="longest that one rollout may take, retries included, seconds"
     )
     retries: int = Field(4, ge=0, description="further attempts of a request on one server")
     backoff_s: float = Field(0.5, ge=0.0, description="pause before the first further attempt; doubles each time")

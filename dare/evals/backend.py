@@ -25,6 +25,19 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
+class Stream:
+    """A key as a seed and the names below it, which a server can be told."""
+
+    seed: int
+    path: tuple[str, ...]
+
+    @property
+    def key(self) -> Key:
+        """The key itself."""
+        return Key(self.seed).fold(*self.path)
+
+
+@dataclass(frozen=True, slots=True)
 class Continuation:
     """A continuation to score after a prompt. Those of one document share `sample_id`, hence their masks."""
 
@@ -44,18 +57,20 @@ def continuations(requests: Iterable[tuple[str, str]], before: str = "") -> list
     return [Continuation(Prompt("", text=context), text, sample_id) for context, text in pairs]
 
 
-def likelihood_key(seed: int) -> Key:
+def likelihood_stream(seed: int) -> Stream:
     """The stream of all likelihood masks of a seed."""
-    return Key(seed).fold("likelihood")
+    return Stream(seed, ("likelihood",))
 
 
 class Backend(Protocol):
     """A model that answers prompts and scores continuations; what it says depends on no batch."""
 
-    def generate(self, prompts: Sequence[Prompt], decode: Decode, key: Key, sample_ids: list[int]) -> list[Completion]:
+    def generate(
+        self, prompts: Sequence[Prompt], decode: Decode, stream: Stream, sample_ids: list[int]
+    ) -> list[Completion]:
         """One completion with text per prompt; `sample_ids` key the randomness."""
 
-    def log_likelihoods(self, items: Sequence[Continuation], options: Likelihood, key: Key) -> list[float]:
+    def log_likelihoods(self, items: Sequence[Continuation], options: Likelihood, stream: Stream) -> list[float]:
         """Log-likelihood of each continuation, nats."""
 
     def default_style(self) -> Style:
@@ -71,9 +86,11 @@ class NativeBackend:
     def __init__(self, family: Family, tokenizer: Any, path: Path | None = None) -> None:
         self.family, self.tokenizer, self.path = family, tokenizer, path
 
-    def generate(self, prompts: Sequence[Prompt], decode: Decode, key: Key, sample_ids: list[int]) -> list[Completion]:
+    def generate(
+        self, prompts: Sequence[Prompt], decode: Decode, stream: Stream, sample_ids: list[int]
+    ) -> list[Completion]:
         ids = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
-        trace: TraceBatch = denoise(self.family, ids, decode, key, sample_ids)
+        trace: TraceBatch = denoise(self.family, ids, decode, stream.key, sample_ids)
         return [
             Completion(
                 tokens=completion.tokens,
@@ -86,13 +103,13 @@ class NativeBackend:
             for completion in to_completions(trace)
         ]
 
-    def log_likelihoods(self, items: Sequence[Continuation], options: Likelihood, key: Key) -> list[float]:
+    def log_likelihoods(self, items: Sequence[Continuation], options: Likelihood, stream: Stream) -> list[float]:
         requests = [
             Request(*encode_continuation(self.tokenizer, item.prompt, item.text), item.sample_id) for item in items
         ]
-        return log_likelihoods(self.family, requests, options, key)
+        return log_likelihoods(self.family, requests, options, stream.key)
 
-    def text_log_likelihoods(self, texts: Sequence[str], options: Likelihood, key: Key) -> list[float]:
+    def text_log_likelihoods(self, texts: Sequence[str], options: Likelihood, stream: Stream) -> list[float]:
         """The ELBO of whole texts, nats: of each window of the model's length, without context, summed."""
         windows: list[tuple[int, list[int]]] = []
         size = self.family.spec.max_length
@@ -101,7 +118,7 @@ class NativeBackend:
             windows += [(index, ids[start : start + size]) for start in range(0, len(ids), size)]
         requests = [Request([], window, stable_id("window", *window)) for _, window in windows]
         totals = [0.0] * len(texts)
-        for (index, _), value in zip(windows, log_likelihoods(self.family, requests, options, key), strict=True):
+        for (index, _), value in zip(windows, log_likelihoods(self.family, requests, options, stream.key), strict=True):
             totals[index] += value
         return totals
 

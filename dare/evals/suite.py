@@ -25,9 +25,9 @@ from dare.core.decode import Decode
 from dare.core.errors import DareError
 from dare.core.files import JsonLines, read_json, read_lines, write_json, write_text
 from dare.core.options import Options
-from dare.core.rng import Key, stable_id
+from dare.core.rng import stable_id
 from dare.core.text import Prompt
-from dare.evals.backend import Backend, Continuation, continuations, hash_file, likelihood_key
+from dare.evals.backend import Backend, Continuation, Stream, continuations, hash_file, likelihood_stream
 from dare.evals.benchmarks.base import Benchmark, Document, Method, Style
 from dare.evals.card import card_text, make_manifest
 from dare.evals.likelihood import Likelihood
@@ -76,7 +76,7 @@ class _Work:
     documents: list[Document]
     prompts: list[Prompt]
     solved: str  # examples before a likelihood's context
-    key: Key
+    stream: Stream  # of completions
 
 
 def run_benchmark(
@@ -137,8 +137,8 @@ def _prepare(backend: Backend, benchmark: Benchmark, settings: Settings) -> _Wor
     shots = benchmark.shots(settings.num_shots)
     style = _pick_style(backend, settings)
     prompts = [benchmark.prompt(document, shots, style) for document in documents]
-    key = Key(settings.seed).fold("evaluation", benchmark.name)
-    return _Work(benchmark, backend, settings, style, documents, prompts, solved_examples(shots), key)
+    stream = Stream(settings.seed, ("evaluation", benchmark.name))
+    return _Work(benchmark, backend, settings, style, documents, prompts, solved_examples(shots), stream)
 
 
 def _pick_style(backend: Backend, settings: Settings) -> Style:
@@ -240,7 +240,7 @@ def _judge_completions(work: _Work, items: Sequence[tuple[int, int]]) -> list[Re
     documents = [work.documents[index] for index, _ in items]
     ids = [stable_id(document.uid, "sample", sample) for document, (_, sample) in zip(documents, items, strict=True)]
     prompts = [work.prompts[index] for index, _ in items]
-    completions = work.backend.generate(prompts, work.settings.decode, work.key, ids)
+    completions = work.backend.generate(prompts, work.settings.decode, work.stream, ids)
     texts = [work.benchmark.cut(completion.text or "", work.style) for completion in completions]
     outcomes = work.benchmark.score_all(documents, texts)
     records = []
@@ -273,8 +273,8 @@ def _judge_choices(work: _Work, items: Sequence[tuple[int, int]]) -> list[Record
     for index, _ in items:
         document = work.documents[index]
         asked += continuations(document.requests, work.solved)
-    key = likelihood_key(work.settings.seed)
-    values = iter(work.backend.log_likelihoods(asked, work.settings.likelihood, key))
+    stream = likelihood_stream(work.settings.seed)
+    values = iter(work.backend.log_likelihoods(asked, work.settings.likelihood, stream))
     records = []
     for index, sample in items:
         document = work.documents[index]

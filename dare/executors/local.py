@@ -21,7 +21,6 @@ from dare.core.recipe import Recipe
 from dare.core.rng import Key
 from dare.core.spec import FamilySpec
 from dare.core.types import AuxLoss, Canvas, Samples, TraceBatch, Views
-from dare.data.packing import packs
 from dare.executors.compiled import compile_network
 from dare.families.base import Family
 from dare.families.build import build_family
@@ -33,7 +32,7 @@ from dare.families.predict import target_argmax
 from dare.families.weights import load_weights, save_family
 from dare.rollout.engine import denoise
 from dare.rollout.tree import grow_trees
-from dare.training.micro_batches import micro_batches
+from dare.training.micro_batches import forwards
 from dare.training.optim import Optimizer
 
 _FIRST = torch.tensor([0])
@@ -58,8 +57,7 @@ class LocalEngine:
     ) -> None:
         """`prepare` is called with every network before the optimizers take its parameters."""
         self.family = family
-        self.max_views, self.max_tokens = recipe.train.micro_batch_views, recipe.train.micro_batch_tokens
-        self.pack_length = recipe.train.pack_length
+        self.train_recipe = recipe.train
         self.gradient_factor = 1.0
         family.network.recompute = recipe.train.recompute
         self.needs_reference = needs_reference
@@ -97,7 +95,7 @@ class LocalEngine:
     @property
     def is_packed(self) -> bool:
         """Whether views are laid end to end instead of padded."""
-        return self.pack_length is not None
+        return self.train_recipe.pack_length is not None
 
     @property
     def spec(self) -> FamilySpec:
@@ -303,9 +301,7 @@ class LocalEngine:
         if not len(rows):
             return []
         length_R = samples.canvas.is_real_BS.sum(-1)[views.sample_R[rows]]
-        if self.pack_length is not None:
-            return [rows[torch.tensor(pack)] for pack in packs(length_R.tolist(), self.pack_length)]
-        return [rows[part] for part in micro_batches(length_R, max_views=self.max_views, max_tokens=self.max_tokens)]
+        return [rows[part] for part in forwards(length_R, self.train_recipe)]
 
 
 def write_tensors(directory: Path, name: str, tensors: dict[str, Tensor]) -> None:

@@ -57,6 +57,7 @@ class RemoteEngine(LocalEngine):
             )
         self.options, self.decode = recipe.rollout, recipe.decode
         self.name = recipe.algorithm.name
+        self.is_corrected = recipe.train.correction != "none"
         self.algorithm: Algorithm[Any] = recipe.algorithm.build()
         self.fleet = Fleet(recipe.rollout)
         self.folders = WeightFolders(recipe.rollout.weights_dir)
@@ -206,10 +207,11 @@ class RemoteEngine(LocalEngine):
 
     def _require(self, trace: TraceBatch) -> None:
         """Raise DareError if the algorithm needs what the servers do not return."""
-        reads_logp = self.algorithm.reads_recorded
+        reads_logp = self.algorithm.reads_recorded or self.is_corrected
+        name = "train.correction" if self.is_corrected else self.name
         if "steps" in trace.missing and (self.algorithm.needs_step_map or reads_logp):
             raise DareError(
-                f"{self.name} replays the rollout step by step, and the rollout server returns no step map",
+                f"{name} replays the rollout step by step, and the rollout server returns no step map",
                 where=self.where,
                 got="tokens" if "logp" in trace.missing else "tokens and log-probs",
                 expected="the step of every token",
@@ -217,7 +219,7 @@ class RemoteEngine(LocalEngine):
             )
         if "logp" in trace.missing and reads_logp and self.options.commit_logp == "server":
             raise DareError(
-                f"{self.name} reads the log-probs of the rollout, and the rollout server returns none",
+                f"{name} reads the log-probs of the rollout, and the rollout server returns none",
                 where=self.where,
-                fix="set rollout.commit_logp: scored, or algorithm.old: scored, kl_to: old, without rollout_cap",
+                fix="set rollout.commit_logp: scored, or do without (old: scored, no rollout_cap, correction: none)",
             )

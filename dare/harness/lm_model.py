@@ -20,9 +20,9 @@ from dare.api import evaluation_backend
 from dare.core.decode import Decode
 from dare.core.errors import DareError, unknown_name
 from dare.core.recipe_errors import explain
-from dare.core.rng import Key, stable_id
+from dare.core.rng import stable_id
 from dare.core.text import Prompt
-from dare.evals.backend import Backend, Continuation, NativeBackend, continuations, likelihood_key
+from dare.evals.backend import Backend, Continuation, NativeBackend, Stream, continuations, likelihood_stream
 from dare.evals.likelihood import Likelihood
 from dare.harness.place import load_backend
 from dare.harness.text import cut_at
@@ -112,8 +112,8 @@ class DareLM(LM):  # type: ignore[misc]
         texts = [""] * len(requests)
         for name, indices in by_decode.items():
             prompts = [Prompt(f"request {index}", text=requests[index].args[0]) for index in indices]
-            key = Key(self._seed).fold("generate")
-            completions = self.backend.generate(prompts, decodes[name], key, [ids[index] for index in indices])
+            stream = Stream(self._seed, ("generate",))
+            completions = self.backend.generate(prompts, decodes[name], stream, [ids[index] for index in indices])
             for index, completion in zip(indices, completions, strict=True):
                 texts[index] = cut_at(completion.text or "", requests[index].args[1].get("until") or ())
         return texts
@@ -132,7 +132,7 @@ class DareLM(LM):  # type: ignore[misc]
         for indices in documents.values():
             items += continuations([requests[index].args[:2] for index in indices])
             order += indices
-        values = self.backend.log_likelihoods(items, self._likelihood, likelihood_key(self._seed))
+        values = self.backend.log_likelihoods(items, self._likelihood, likelihood_stream(self._seed))
         alone = [place for place, index in enumerate(order) if len(documents[_document(requests[index])]) == 1]
         is_greedy = dict(zip(alone, self._is_greedy([items[place] for place in alone]), strict=True))
         answers = [(0.0, False)] * len(requests)
@@ -151,7 +151,7 @@ class DareLM(LM):  # type: ignore[misc]
                 "the likelihood of whole documents needs the model in this process", fix="give a checkpoint, not a URL"
             )
         texts = [request.args[0] for request in requests]
-        return self.backend.text_log_likelihoods(texts, self._likelihood, likelihood_key(self._seed))
+        return self.backend.text_log_likelihoods(texts, self._likelihood, likelihood_stream(self._seed))
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The conversation as text, by the checkpoint's own template; without `add_generation_prompt` the last

@@ -120,6 +120,8 @@ class Client:
                     raise BadAnswer(f"it sends more than {_MAX_BODY} bytes")
                 if limit.left() == 0.0:
                     raise httpx2.ReadTimeout(f"no whole answer within {limit.seconds:g} s")
+            if response.status_code == 404 and call.is_optional:
+                return 200, b"{}", None
             if response.status_code >= 300:
                 self._stop_if_final(response.status_code, bytes(body), doing)
             return response.status_code, bytes(body), _retry_after(response)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,8 +49,8 @@ class Ask:
         return stable_id(self.key.state, self.sample_id) & 0x7FFFFFFF
 
     def name(self, attempt: int) -> str:
-        """What the server should call this request; further attempts have names of their own."""
-        return f"{self.key.state:x}-{self.sample_id:x}-{self.row}-{attempt}"
+        """What the server should call this request; no other one, of this process or another, has the name."""
+        return f"{os.getpid():x}-{self.key.state:x}-{self.sample_id:x}-{self.row}-{attempt}"
 
     @property
     def randomness(self) -> dict[str, str]:
@@ -91,12 +92,13 @@ class Facts:
 
 @dataclass(frozen=True)
 class Call:
-    """One HTTP request."""
+    """One HTTP request; if a server need not know the path, status 404 counts as an empty answer, {}."""
 
     method: Literal["GET", "POST"]
     path: str
     body: Mapping[str, Any] | None = None
     query: Sequence[tuple[str, str]] = field(default_factory=tuple)
+    is_optional: bool = False
 
 
 class Contract(Protocol):

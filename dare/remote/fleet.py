@@ -147,13 +147,17 @@ class Fleet:
             server.client.close()
 
     def _ensure_all(self, version: Version, deadline: Deadline) -> None:
-        """Give every server the weights; one that was gone gets another chance."""
-        for server in self.servers:
+        """Give every server the weights, all at once; one that was gone gets another chance."""
+
+        def ensure(server: Server) -> None:
             server.failure = None
             try:
                 server.ensure(version, deadline)
             except Unavailable as error:
                 server.label, server.failure = None, error
+
+        with ThreadPoolExecutor(len(self.servers), thread_name_prefix="dare-weights") as pool:
+            list(pool.map(ensure, self.servers))  # to raise what was raised
         if all(server.failure is not None for server in self.servers):
             raise self._gone()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from dare.families.base import Family
 from dare.families.weights import load_weights
 from dare.rollout.engine import denoise
 from dare.rollout.plan import make_plan
+
+_GATHER_S = 0.01  # a call of the network costs more than that, however few rows it has
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,11 @@ class Host:
         self._model.shutdown()
 
     def _drain(self) -> None:
+        """Complete everything that waits; while more is coming in, that is awaited first."""
+        num = 0
+        while len(self._waiting) > num:
+            num = len(self._waiting)
+            time.sleep(_GATHER_S)
         with self._lock:
             waiting, self._waiting = self._waiting, []
         for rows in _alike(waiting):

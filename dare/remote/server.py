@@ -7,11 +7,11 @@ numbers as the trainer's own engine does if the request names them (`Ask.randomn
 from __future__ import annotations
 
 import hmac
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
@@ -136,14 +136,15 @@ APPS: dict[str, Callable[[Host, str | None], FastAPI]] = {"sglang": sglang_app, 
 
 def _app(api_key: str | None) -> FastAPI:
     """What both have: the key, `/health`, and mistakes as status 400."""
-    app = FastAPI(title="DARE rollout server", docs_url=None, redoc_url=None)
 
-    @app.middleware("http")
-    async def authorize(request: Request, proceed: Callable[[Request], Awaitable[Response]]) -> Response:
+    async def authorize(request: Request) -> None:
         sent = request.headers.get("Authorization", "")
         if api_key is not None and not hmac.compare_digest(sent.encode(), f"Bearer {api_key}".encode()):
-            return _problem(401, "a wrong API key, or none")
-        return await proceed(request)
+            raise HTTPException(401, "a wrong API key, or none")
+
+    app = FastAPI(
+        title="DARE rollout server", docs_url=None, redoc_url=None, openapi_url=None, dependencies=[Depends(authorize)]
+    )
 
     @app.exception_handler(DareError)
     async def mistake(request: Request, error: DareError) -> Response:

@@ -1,6 +1,6 @@
 """The contract of SGLang's native HTTP server with a dLLM algorithm.
 
-`/generate`, `/get_model_info`, `/get_server_info` and `/update_weights_from_disk` are those of its documentation. Step
+`/generate`, `/model_info`, `/server_info` and `/update_weights_from_disk` are those of its documentation. Step
 maps are `meta_info.step_maps`, asked for by `return_step_maps` (sgl-project/sglang #17297 and #27943, not merged):
 1-based within each block, one per returned token. A server without them still trains what needs no step map.
 """
@@ -107,10 +107,15 @@ class SGLang:
         return temperature or 1.0
 
     def inquiries(self) -> list[Call]:
-        return [Call("GET", "/get_model_info"), Call("GET", "/get_server_info")]
+        """The same two under their old and their new names, of which a version may have one."""
+        paths = ("/get_model_info", "/model_info", "/get_server_info", "/server_info")
+        return [Call("GET", path, is_optional=True) for path in paths]
 
     def facts(self, bodies: Sequence[bytes]) -> Facts:
-        model, server = read(_ModelInfo, bodies[0]), read(_ServerInfo, bodies[1])
+        models = [read(_ModelInfo, body) for body in bodies[:2]]
+        servers = [read(_ServerInfo, body) for body in bodies[2:]]
+        model = next((found for found in models if found != _ModelInfo()), _ModelInfo())
+        server = next((found for found in servers if found != _ServerInfo()), _ServerInfo())
         if server.dllm_algorithm is None:
             raise BadAnswer("it was started without --dllm-algorithm, so it decodes from left to right")
         return Facts(model.model_path, model.model_type, server.context_length, model.weight_version)

@@ -124,7 +124,8 @@ def _facts(run: RunData) -> list[tuple[str, str]]:
         facts.append(("task", str(recipe["task"].get("name"))))
     model = recipe.get("model", {})
     created = model.get("create")
-    facts.append(("model", f"new {created.get('family')}" if created else str(model.get("path", "?"))))
+    is_new = isinstance(created, dict)  # anything may be in the file of a damaged run
+    facts.append(("model", f"new {created.get('family')}" if is_new else str(model.get("path", "?"))))
     of = f" of {run.num_steps}" if run.num_steps else ""
     facts.append(("steps", f"{run.last_step}{of}"))
     if "seed" in recipe:

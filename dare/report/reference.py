@@ -8,8 +8,10 @@ from pathlib import Path
 
 from dare.core.errors import DareError
 from dare.core.files import read_json
+from dare.core.recipe import parse_recipe
 from dare.report.run_data import Record, RunData
 
+_COMPARED = ("algorithm", "task", "decode")
 _FOLDER = Path("benchmarks") / "results" / "reference"
 
 
@@ -24,8 +26,8 @@ class Reference:
 def find_reference(run: RunData, path: Path | None = None) -> Reference | None:
     """The reference of the run's recipe: the file `path`, or the one shipped under the recipe's name, or None.
 
-    A shipped reference counts only if algorithm and task options are the run's own. Raises DareError if a file that was
-    named is no reference.
+    A shipped reference counts only if algorithm, task and decode options are the run's own. Raises DareError if a file
+    that was named is no reference.
     """
     if path is not None:
         return _read(path)
@@ -36,9 +38,18 @@ def find_reference(run: RunData, path: Path | None = None) -> Reference | None:
                 record = json.loads(shipped.read_text(encoding="utf-8"))
             except ValueError:
                 return None
-            is_same = all(record.get(key) == run.recipe.get(key) for key in ("algorithm", "task", "decode"))
-            return _read(shipped) if is_same else None
+            return _read(shipped) if _settings(record) == _settings(run.recipe) else None
     return None
+
+
+def _settings(record: Record) -> Record:
+    """What must be equal, with the defaults of options that are newer than the record."""
+    found = {key: record[key] for key in _COMPARED if record.get(key) is not None}
+    try:
+        recipe = parse_recipe({"name": "compared", "model": {"path": "-"}, **found}, where="reference")
+    except DareError:
+        return found
+    return recipe.model_dump(mode="json", include=set(_COMPARED))
 
 
 def _read(path: Path) -> Reference:

@@ -44,6 +44,7 @@ class Guard:
         self._app, self._limits, self._metrics = app, limits, metrics
         self._digests = [_digest(key) for key in keys]
         self._hosts = None if hosts is None else frozenset(hosts)
+        self._num_active = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -51,9 +52,12 @@ class Guard:
             return
         sent = _Sent(scope, send, self._limits.write_timeout_s)
         size = 0
+        self._num_active += 1
         try:
             self._check_host(scope)
             self._check_key(scope)
+            if self._num_active > self._limits.max_requests and scope["path"] not in OPEN_PATHS:
+                raise ApiError(429, "too many requests at once; try again later", code="too_many_requests")
             body = await self._read(scope, receive)
             size = len(body)
             await self._app(scope, _replay(body, receive), sent.send)
@@ -62,6 +66,7 @@ class Guard:
         except _Stalled:
             sent.abort()
         finally:
+            self._num_active -= 1
             self._record(scope, sent, size)
 
     def _check_host(self, scope: Scope) -> None:

@@ -19,6 +19,7 @@ class Limits(Options):
     max_choices: int = Field(64, ge=1, description="completions of one request: prompts times n")
     max_items: int = Field(256, ge=1, description="continuations of one /v1/loglikelihood request")
     max_samples: int = Field(1024, ge=1, description="Monte-Carlo draws per continuation")
+    max_requests: int = Field(1024, ge=1, description="requests that are read, worked on or answered at the same time")
     max_queue: int = Field(1024, ge=1, description="completions that wait for a seat, of all clients")
     timeout_s: float = Field(600.0, gt=0.0, description="seconds until a request is given up")
     read_timeout_s: float = Field(15.0, gt=0.0, description="seconds for a client to send its request")

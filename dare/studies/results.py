@@ -7,6 +7,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from dare.core.errors import DareError
 from dare.core.recipe import Recipe
 from dare.report.run_data import Record, RunData, load_run
 from dare.studies.study import Cell, Unit
@@ -75,8 +76,12 @@ def read_cell(cell: Cell, folder: Path, unit: Unit) -> Result | Missing:
 
 
 def step_cost(folder: Path, recipe: Recipe, unit: Unit) -> float:
-    """The mean cost of the steps of a pilot, the first one left out."""
+    """The mean cost of the steps of a pilot, the first one left out. Raises DareError if its log lacks them."""
     costs = _per_step(load_run(folder), recipe, unit)[1:]
+    if not costs:
+        raise DareError(
+            "the log of a pilot lacks its steps", where=str(folder), fix="remove the folder; it is run again"
+        )
     return sum(costs) / len(costs)
 
 

@@ -18,6 +18,9 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from dare.core.errors import DareError
 from dare.core.files import read_json, write_text
@@ -148,17 +151,42 @@ def resolve_cells(plan: Plan, starts: dict[Panel, str], costs: dict[tuple[Panel,
                 expected=f"at least {costs[cell.panel, cell.algorithm]:g}",
                 fix="raise the budget, or lower train.prompts_per_step",
             )
-        every = max(1, -(-steps // plan.study.num_evaluations))
-        recipe = cell.recipe.model_copy(
-            update={
-                "model": cell.recipe.model.model_copy(update={"path": starts[cell.panel]}),
-                "train": cell.recipe.train.model_copy(update={"steps": steps}),
-                "evaluation": cell.recipe.evaluation.model_copy(update={"every": every}),
-                "checkpoint": cell.recipe.checkpoint.model_copy(update={"every": every, "keep_last": 1}),
-            }
-        )
-        found.append(Cell(cell.panel, cell.algorithm, cell.seed, recipe))
+        found.append(_resolved(plan, cell, starts[cell.panel], steps))
     return found
+
+
+def recorded_cells(plan: Plan, out: Path) -> list[Cell]:
+    """The cells with start and steps as the study in `out` asked for them; those that have not begun as planned.
+
+    Runs nothing and waits for nobody, so it may be called while another process runs the study. Raises DareError if
+    `out` is no folder, or holds runs with other settings.
+    """
+    if not out.is_dir():
+        raise DareError("there is no study here", where=str(out), fix="run it first, without --report")
+    found = []
+    for cell in plan.cells:
+        job = Job(cell.name, cell.recipe, cell_folder(out, cell))
+        asked = _settings(job.file(out, ".yaml"))
+        start, steps = asked.get("model.path"), asked.get("train.steps")
+        if isinstance(start, str) and isinstance(steps, int):
+            cell = _resolved(plan, cell, start, steps)
+            check_settings(Job(cell.name, cell.recipe, job.out), out)
+        found.append(cell)
+    return found
+
+
+def _resolved(plan: Plan, cell: Cell, start: str, steps: int) -> Cell:
+    """The cell as it is run: from a checkpoint, for so many steps, with evaluations spread over them."""
+    every = max(1, -(-steps // plan.study.num_evaluations))
+    recipe = cell.recipe.model_copy(
+        update={
+            "model": cell.recipe.model.model_copy(update={"path": start}),
+            "train": cell.recipe.train.model_copy(update={"steps": steps}),
+            "evaluation": cell.recipe.evaluation.model_copy(update={"every": every}),
+            "checkpoint": cell.recipe.checkpoint.model_copy(update={"every": every, "keep_last": 1}),
+        }
+    )
+    return Cell(cell.panel, cell.algorithm, cell.seed, recipe)
 
 
 def is_finished(job: Job) -> bool:
@@ -169,13 +197,9 @@ def is_finished(job: Job) -> bool:
 
 def check_settings(job: Job, folder: Path) -> None:
     """Raise DareError if the job's folder holds a run with other settings, naming them."""
-    path, asked = job.out / "recipe.yaml", job.file(folder, ".yaml")
-    if not path.is_file():
-        return
-    found = flatten(load_yaml(path.read_text(encoding="utf-8")))
-    if asked.is_file():  # a run records what an algorithm made of options that were left open
-        before = flatten(load_yaml(asked.read_text(encoding="utf-8")))
-        found |= {key: value for key, value in before.items() if key.startswith("algorithm.")}
+    found, asked = _settings(job.out / "recipe.yaml"), _settings(job.file(folder, ".yaml"))
+    if found:  # a run records what an algorithm made of options that were left open
+        found |= {key: value for key, value in asked.items() if key.startswith("algorithm.")}
     wanted = {**fixed_settings(job.recipe), **flatten(job.recipe.model_dump(mode="json", include={"algorithm"}))}
     wanted |= {"seed": job.recipe.seed, "train.steps": job.recipe.train.steps}
     unlike = [
@@ -190,6 +214,15 @@ def check_settings(job: Job, folder: Path) -> None:
             got="; ".join(unlike),
             fix="give another --out, or remove that run",
         )
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """The dotted keys of a recipe; none if there is no file or it cannot be read, which `dare train` will say."""
+    try:
+        data = load_yaml(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (yaml.YAMLError, UnicodeDecodeError):
+        data = None
+    return flatten(data) if isinstance(data, dict) else {}
 
 
 def _train_starts(plan: Plan, out: Path, workers: Workers) -> dict[Panel, str]:

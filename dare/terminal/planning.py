@@ -22,6 +22,8 @@ def plan_text(plan: RunPlan) -> str:
         f"longest row {plan.longest_row} tokens; {plan.num_micro_batches} micro-batches in a step; about "
         f"{plan.seconds_per_step:.3g} s a step, {plan.tokens_per_second:,.0f} trained tokens/s"
     )
+    if plan.rollout_seconds is not None:
+        lines.append(f"its rollout about {plan.rollout_seconds:.3g} s, if no completion ends early")
     return "\n".join(lines)
 
 
@@ -37,5 +39,6 @@ def plan_json(plan: RunPlan) -> str:
         "num_micro_batches": plan.num_micro_batches,
         "seconds_per_step": plan.seconds_per_step,
         "tokens_per_second": plan.tokens_per_second,
+        "rollout_seconds": plan.rollout_seconds,
     }
     return json.dumps(data, indent=2)

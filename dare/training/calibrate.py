@@ -15,6 +15,7 @@ from dare.families.base import Family
 from dare.training.live_bytes import LiveBytes
 from dare.training.optim import Optimizer
 from dare.training.plan import StepCost, gradient_bytes, optimizer_bytes, weight_bytes
+from dare.training.rollout_cost import run_forward
 
 # Layers of the shorter network: the last one computes less than the others, and by the second one before it, layers of
 # every kind that repeats are there.
@@ -28,6 +29,7 @@ class _Cost:
     lasting_bytes: float  # weights, gradients, optimizer
     update_seconds: float
     optimizer_seconds: float
+    forward_seconds: float = 0.0  # of a rollout
 
     def plus(self, other: _Cost, times: float) -> _Cost:
         return _Cost(
@@ -35,24 +37,36 @@ class _Cost:
             self.lasting_bytes + times * other.lasting_bytes,
             self.update_seconds + times * other.update_seconds,
             self.optimizer_seconds + times * other.optimizer_seconds,
+            self.forward_seconds + times * other.forward_seconds,
         )
 
 
 def calibrate(
-    outline: Family, device: torch.device, recipe: Recipe, views: Views, canvas: Canvas, num_tokens: int
+    outline: Family,
+    device: torch.device,
+    recipe: Recipe,
+    views: Views,
+    canvas: Canvas,
+    num_tokens: int,
+    rollout: tuple[int, int] | None = None,
 ) -> StepCost:
     """The cost of a step whose largest micro-batch is `views` and which runs `num_tokens` positions in all.
 
     outline     the family on the meta device; its first layers are made on `device`
     num_tokens  positions of all micro-batches; seconds grow with them
+    rollout     rows and columns of a forward of a rollout, to be measured too
     Layers from the third on, but for the last one, are taken to cost the same. Time is wall time, the best of two runs.
     """
     total = outline.network.num_layers
     if total <= _SHORT + 1:
-        base, layer, more = _measure(outline, total, device, recipe, views, canvas), _Cost(0.0, 0.0, 0.0, 0.0), 0
+        base, layer, more = (
+            _measure(outline, total, device, recipe, views, canvas, rollout),
+            _Cost(0.0, 0.0, 0.0, 0.0),
+            0,
+        )
     else:
-        base = _measure(outline, _SHORT, device, recipe, views, canvas)
-        layer = _measure(outline, _SHORT + 1, device, recipe, views, canvas).plus(base, -1.0)
+        base = _measure(outline, _SHORT, device, recipe, views, canvas, rollout)
+        layer = _measure(outline, _SHORT + 1, device, recipe, views, canvas, rollout).plus(base, -1.0)
         more = total - _SHORT
     whole = base.plus(layer, more)
     activations = min(whole.num_bytes, layer.num_bytes * total if more else whole.num_bytes)
@@ -60,11 +74,23 @@ def calibrate(
     seconds = whole.update_seconds * share + whole.optimizer_seconds
     largest = base.plus(layer, 1.0)  # the larger of the two short networks
     calibrated = int(largest.num_bytes + largest.lasting_bytes)
-    return StepCost(int(activations), int(whole.num_bytes - activations), max(seconds, 1e-9), calibrated)
+    return StepCost(
+        int(activations),
+        int(whole.num_bytes - activations),
+        max(seconds, 1e-9),
+        calibrated,
+        max(whole.forward_seconds, base.forward_seconds),
+    )
 
 
 def _measure(
-    outline: Family, num_layers: int, device: torch.device, recipe: Recipe, views: Views, canvas: Canvas
+    outline: Family,
+    num_layers: int,
+    device: torch.device,
+    recipe: Recipe,
+    views: Views,
+    canvas: Canvas,
+    rollout: tuple[int, int] | None,
 ) -> _Cost:
     family = _shortened(outline, num_layers, device)
     family.network.recompute = recipe.train.recompute
@@ -84,8 +110,12 @@ def _measure(
     for _ in range(_REPEATS):
         update_seconds.append(_seconds(update, device))
         optimizer_seconds.append(_seconds(lambda: optimizer.step(), device))
+    forward_seconds = 0.0
+    if rollout is not None:
+        with family.packed():
+            forward_seconds = min(_seconds(lambda: run_forward(family, *rollout), device) for _ in range(_REPEATS + 1))
     lasting = weight_bytes(family) + gradient_bytes(family) + optimizer_bytes(family)
-    return _Cost(num_bytes, lasting, min(update_seconds), min(optimizer_seconds))
+    return _Cost(num_bytes, lasting, min(update_seconds), min(optimizer_seconds), forward_seconds)
 
 
 def _shortened(outline: Family, num_layers: int, device: torch.device) -> Family:

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+from dare.core.recipe import TrainRecipe
+from dare.data.packing import packs
+
+
+def forwards(length_R: Tensor, train: TrainRecipe) -> list[Tensor]:
+    """int64 indices of all views in parts of one forward each, as the recipe says: packs, or micro-batches."""
+    if train.pack_length is not None:
+        return [torch.tensor(pack) for pack in packs(length_R.tolist(), train.pack_length)]
+    return micro_batches(length_R, max_views=train.micro_batch_views, max_tokens=train.micro_batch_tokens)
 
 
 def micro_batches(length_R: Tensor, *, max_views: int, max_tokens: int) -> list[Tensor]:

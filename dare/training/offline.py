@@ -174,9 +174,9 @@ def _reference_store(session: Session, engine: Engine, algorithm: Algorithm[Any]
 
 def _identity(recipe: Recipe) -> str:
     """Which model a run starts from, in words."""
-    model = recipe.model
+    model, bits = recipe.model, None if recipe.lora is None else recipe.lora.quantize_base
     source = model.path if model.create is None else f"new {model.create.model_dump_json()}, seed {recipe.seed}"
-    return f"{source} ({model.dtype})"
+    return f"{source} ({model.dtype}{f', base in {bits}' if bits else ''})"
 
 
 def rows_to_samples(

@@ -17,12 +17,14 @@ class StepCost:
     workspace    everything else that exists at most beside them: head, masks, temporaries
     seconds      of one whole optimizer step
     calibrated   bytes of all tensors that the calibration itself had at one time, at most
+    forward_seconds  of one forward of a rollout, if one was measured
     """
 
     activations: int
     workspace: int
     seconds: float
     calibrated: int = 0
+    forward_seconds: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -15,18 +15,19 @@ from dare.core.recipe import Recipe
 from dare.core.rng import Key
 from dare.core.types import Canvas, Samples, Views
 from dare.data.order import batch_at
-from dare.data.packing import packs
 from dare.data.read import Tally
 from dare.diffusion import corrupt
 from dare.families.base import Family
 from dare.families.build import DTYPES, outline, pick_device
 from dare.families.tokenizer import encode_prompt
+from dare.rollout import plan as rollout
 from dare.tasks.base import Task
 from dare.training.calibrate import calibrate
 from dare.training.feed import STREAMS, text_sources
-from dare.training.micro_batches import micro_batches
+from dare.training.micro_batches import forwards
 from dare.training.offline import rows_to_samples
 from dare.training.plan import MemoryPlan, cache_bytes, make_plan
+from dare.training.rollout_cost import forward_shape, rollout_tokens
 from dare.training.run import model_tokenizer, with_checkpoint
 
 _STEPS_READ = 50  # steps whose rows are looked at for the largest micro-batch
@@ -37,6 +38,7 @@ _PROMPTS_READ = 256
 class RunPlan:
     """Memory by part (bytes), seconds per optimizer step, and scored tokens per second of training.
 
+    rollout_seconds  online: of the forwards of a step's rollout, whose completions all have full length; else None
     longest_row, num_micro_batches  of the step that needs most
     """
 
@@ -48,6 +50,7 @@ class RunPlan:
     num_micro_batches: int
     seconds_per_step: float
     tokens_per_second: float
+    rollout_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,9 @@ def plan_run(recipe: Recipe) -> RunPlan:
     """What the recipe will need. Nothing is written, and no weights are loaded.
 
     Offline: the first 50 steps are laid out as they will be, and the largest is measured. Online: the longest of the
-    first 256 prompts with a full completion, in micro-batches that are full; the seconds are those of an update,
-    without the rollout. Raises DareError as `dare train` does for recipes that cannot run.
+    first 256 prompts with a full completion, in micro-batches that are full; the seconds of a step are those of an
+    update, those of its rollout stand beside them. A quantised base is planned as if it were not. Raises DareError as
+    `dare train` does for recipes that cannot run.
     """
     recipe = with_checkpoint(recipe)
     check(recipe)
@@ -130,12 +134,7 @@ def _step(recipe: Recipe, algorithm: Algorithm[Any], samples: Samples, index: in
             samples, key, num_views=max(1, recipe.train.micro_batch_views // len(samples.group_B))
         )
     length_R = samples.canvas.is_real_BS.sum(-1)[views.sample_R]
-    if recipe.train.pack_length is not None:
-        parts = [torch.tensor(pack) for pack in packs(length_R.tolist(), recipe.train.pack_length)]
-    else:
-        train = recipe.train
-        parts = micro_batches(length_R, max_views=train.micro_batch_views, max_tokens=train.micro_batch_tokens)
-    return _Step(views, samples.canvas, parts, int(samples.is_scored_BS.sum()))
+    return _Step(views, samples.canvas, forwards(length_R, recipe.train), int(samples.is_scored_BS.sum()))
 
 
 def _size(step: _Step) -> int:
@@ -154,18 +153,25 @@ def _result(recipe: Recipe, algorithm: Algorithm[Any], family: Family, step: _St
     canvas = step.canvas.rows(chosen.sample_R)
     process = _resident_bytes()
     all_real = int(step.canvas.is_real_BS.sum(-1)[step.views.sample_R].sum())
-    cost = calibrate(family, device, recipe, chosen, canvas, all_real)
+    is_online = algorithm.kind == "online"
+    rollout_plan = rollout.make_plan(family, recipe.decode) if is_online else None
+    shape = None if rollout_plan is None else forward_shape(rollout_plan, step.canvas)
+    cost = calibrate(family, device, recipe, chosen, canvas, all_real, shape)
     # What the calibration took beyond its tensors: libraries that a first step loads, kernels, the allocator's gaps.
     process = 0 if device.type == "cuda" else max(process, _resident_bytes() - cost.calibrated)
-    rollout = 0
-    if algorithm.kind == "online" and (canvas.is_blockwise or recipe.decode.cache in ("prefix", "dual")):
+    cache = 0
+    if rollout_plan is not None and rollout_plan.cache != "none":
         num_rows = min(recipe.decode.batch_size, step.canvas.batch_size)
-        rollout = cache_bytes(family, num_rows, step.canvas.length)
+        cache = cache_bytes(family, num_rows, step.canvas.length)
+    rollout_seconds = None
+    if rollout_plan is not None and shape is not None:
+        num_tokens = rollout_tokens(rollout_plan, step.canvas, recipe.train.completions_per_prompt)
+        rollout_seconds = cost.forward_seconds * num_tokens / (shape[0] * shape[1])
     memory = make_plan(
         family,
         cost,
         num_micro_batches=len(step.parts),
-        rollout=rollout,
+        rollout=cache,
         has_reference=algorithm.needs_reference and recipe.reference.mode == "live" and family.adapter is None,
         has_critic=algorithm.critic_lr is not None,
         process=process,
@@ -180,6 +186,7 @@ def _result(recipe: Recipe, algorithm: Algorithm[Any], family: Family, step: _St
         num_micro_batches=len(step.parts),
         seconds_per_step=cost.seconds,
         tokens_per_second=step.num_scored / cost.seconds,
+        rollout_seconds=rollout_seconds,
     )
 
 

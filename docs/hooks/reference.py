@@ -98,7 +98,12 @@ def _key_table(keys: Sequence[Key]) -> str:
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    """A bar would end the cell, but for one in a code span, where a backslash would show."""
+    return text if text.startswith("`") else text.replace("|", "\\|")
 
 
 def _paragraphs(text: str) -> list[str]:

@@ -37,9 +37,7 @@ def on_files(files: Files, config: Any) -> Files:
         if path.suffix == ".md":
             files.append(File.generated(config, place, content=_site_markdown(path.read_text(), source, place)))
         elif path.suffix == ".ipynb":
-            files.append(
-                File.generated(config, place, content=_site_markdown(notebook_page(path.read_text()), source, place))
-            )
+            files.append(File.generated(config, place, content=_site_markdown(notebook_page(path), source, place)))
         elif path.suffix == ".svg":
             files.append(File.generated(config, place, abs_src_path=str(path)))
     algorithms = (ROOT / "docs" / "algorithms.md").read_text()
@@ -67,13 +65,13 @@ def with_papers(text: str) -> str:
     return _PAPER.sub(r"[\1](https://arxiv.org/abs/\1)", text)
 
 
-def notebook_page(text: str) -> str:
+def notebook_page(path: Path) -> str:
     """The cells of a notebook as Markdown."""
     cells = []
-    for cell in json.loads(text)["cells"]:
+    for cell in json.loads(path.read_text())["cells"]:
         body = "".join(cell["source"])
         cells.append(body if cell["cell_type"] == "markdown" else f"```python\n{body}\n```")
-    return "\n\n".join(cells) + "\n"
+    return "\n\n".join([*cells, f"*This page is the notebook `notebooks/{path.name}`, which the tests run.*"]) + "\n"
 
 
 def relinked(text: str, source: str, place: str) -> str:

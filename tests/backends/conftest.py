@@ -49,13 +49,17 @@ class Case:
 
 @pytest.fixture(scope="session", params=FAMILIES)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    root = tmp_path_factory.mktemp(request.param)
-    checkpoint = _varied_checkpoint(root / "checkpoint", request.param)
+    return make_case(tmp_path_factory.mktemp(request.param), request.param)
+
+
+def make_case(root: Path, family: str) -> Case:
+    """A checkpoint, rows and their native evaluation in a new folder."""
+    checkpoint = _varied_checkpoint(root / "checkpoint", family)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DARE_DATA", str(root / "data"))
         _write_rows(root / "data", checkpoint)
         native = {task: _run_native(checkpoint, task, root / "native") for task in TASKS}
-    return Case(request.param, checkpoint, root / "data", native)
+    return Case(family, checkpoint, root / "data", native)
 
 
 @pytest.fixture

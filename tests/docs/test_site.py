@@ -54,6 +54,7 @@ def test_reference_pages_hold_every_command_key_recipe_and_algorithm(site: Path)
         key for table in ("algorithms", "tasks", "executors") for n in TABLES[table] for key in plugin_keys(table, n)
     ]
     assert all(f"<code>{key.name}</code>" in keys for key in [*recipe_keys(), *options])
+    assert "<code>int | null</code>" in keys
     recipes = (site / "reference" / "recipes.html").read_text()
     assert all(f'id="{path.stem}"' in recipes for path in recipe_files())
     papers = (site / "reference" / "papers.html").read_text()

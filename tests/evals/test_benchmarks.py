@@ -16,6 +16,7 @@ from dare.evals.benchmarks.base import Document
 from dare.evals.benchmarks.rows import data_root, find_data, read_rows
 from dare.evals.benchmarks.table import BENCHMARKS, find_benchmark
 from dare.evals.presets import plan
+from dare.evals.presets.page import page
 from dare.sandbox.run import strongest_level
 from tests.evals.conftest import ROWS
 
@@ -183,9 +184,10 @@ def test_presets_are_valid_for_every_row() -> None:
         assert len(planned) == 16
     kinds = {
         "LLaDA-8B-Base": ("llada", 9), "LLaDA-8B-Instruct": ("llada", 9), "LLaDA-1.5": ("llada", 6),
-        "Dream-7B-Base": ("dream", 8), "Dream-7B-Instruct": ("dream", 7), "SDAR-1.7B-Chat": ("sdar", 6),
+        "Dream-7B-Base": ("dream", 9), "Dream-7B-Instruct": ("dream", 7), "SDAR-1.7B-Chat": ("sdar", 6),
         "SDAR-4B-Chat": ("sdar", 6), "SDAR-8B-Chat": ("sdar", 6), "SDAR-30B-A3B-Chat": ("sdar_moe", 6),
         "LLaDA2.0-mini": ("llada2", 11), "LLaDA2.0-flash": ("llada2", 11),
+        "LLaDA2.1-mini": ("llada2", 5), "LLaDA2.1-mini-speed": ("llada2", 5),
     }  # fmt: skip
     for model, (family, num) in kinds.items():
         planned = plan("paper", [], family=family, checkpoint=f"org/{model}")
@@ -198,6 +200,10 @@ def test_presets_are_valid_for_every_row() -> None:
             assert item.settings.num_shots == 0 or find_benchmark(item.task).shot_origin is not None
             length = item.settings.decode.block_length
             assert length is None or item.settings.decode.gen_length % length == 0
+
+
+def test_the_page_of_published_scores_is_that_of_the_table() -> None:
+    assert (Path(__file__).parents[2] / "docs" / "presets.md").read_text() == page()
 
 
 def test_preset_mistakes_are_named(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dare.bench.reference import sample_plainly
+from dare.bench.reference import PlainRow, sample_plainly
 from dare.core.decode import Decode
 from dare.core.rng import Key
 from dare.core.types import TraceBatch
@@ -41,10 +41,11 @@ def run(
     return denoise(family, prompts, Decode(**(BASE | options)), Key(0), list(range(len(prompts))), meter=meter)
 
 
-def whole(trace: TraceBatch) -> list[list[int]]:
-    """Completions with what follows an EOS."""
+def whole(trace: TraceBatch) -> list[PlainRow]:
+    """Completions with what follows an EOS, and their step maps."""
     canvas = trace.canvas
-    return [ids[here].tolist() for ids, here in zip(canvas.input_BS, canvas.is_completion_BS, strict=True)]
+    rows = zip(canvas.input_BS, trace.step_map_BS, canvas.is_completion_BS, strict=True)
+    return [PlainRow(ids[here].tolist(), steps[here].tolist()) for ids, steps, here in rows]
 
 
 def ending_early(family: Family, num_eos: int = 16) -> Family:
@@ -63,7 +64,7 @@ def ending_early(family: Family, num_eos: int = 16) -> Family:
     ("name", "cache"),
     [("llada", "none"), ("llada", "prefix"), ("llada", "dual"), ("sdar", "auto"), ("llada2_0", "auto")],
 )
-def test_greedy_tokens_are_those_of_a_plain_sampler(
+def test_greedy_tokens_and_steps_are_those_of_a_plain_sampler(
     name: str, cache: str, batch_size: int, options: dict[str, Any]
 ) -> None:
     family, decode = golden_family(name), Decode(**BASE | options | {"cache": cache, "batch_size": batch_size})

@@ -203,6 +203,14 @@ def test_completions_are_logged_with_their_reference(finished: Path) -> None:
     assert all(len(record["tokens"]) == len(record["step_map"]) for record in shown)
 
 
+def test_the_best_checkpoint_can_be_exported(finished: Path, tmp_path: Path) -> None:
+    best = finished / "checkpoints" / "best"
+    done = CliRunner().invoke(app, ["export", str(best), "--to", str(tmp_path / "out")], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (best / "model.safetensors").read_bytes()
+    assert not (tmp_path / "out" / "trainer").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "hint"),
     [

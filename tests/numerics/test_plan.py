@@ -11,20 +11,27 @@ import torch
 from typer.testing import CliRunner
 
 from dare.cli import app
+from dare.core.decode import Decode
 from dare.core.errors import DareError
+from dare.core.lora_recipe import LoraRecipe
 from dare.core.recipe import Recipe, parse_recipe
 from dare.core.rng import Key
 from dare.diffusion import corrupt
 from dare.families.base import Family
 from dare.families.layers.attention import KVCache
+from dare.families.lora import add_adapter, outline_adapter
 from dare.families.tokenizer import char_tokenizer
 from dare.families.weights import create_family, load_family, outline_family, save_family
+from dare.rollout.engine import denoise
+from dare.rollout.meter import Meter
+from dare.rollout.plan import make_plan
 from dare.training import plan
 from dare.training.calibrate import calibrate
 from dare.training.live_bytes import LiveBytes
 from dare.training.optim import Optimizer
 from dare.training.planning import plan_run
-from tests.conftest import save_checkpoint
+from dare.training.rollout_cost import rollout_tokens
+from tests.conftest import save_checkpoint, tiny_family
 from tests.numerics.test_recompute import recipe, samples_of
 
 LENGTHS = [(6, 26)] * 6
@@ -98,6 +105,30 @@ def test_a_deep_network_costs_what_is_predicted_from_a_shallow_one(name: str, re
     assert cost.activations + cost.workspace == pytest.approx(count.peak, rel=0.05 if name == "llada2" else 0.01)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_adapter_costs_what_is_predicted_and_needs_no_reference(name: str, tmp_path: Path) -> None:
+    """Frozen weights keep no input for their gradient; every tensor of six layers counted, as above."""
+    options = LoraRecipe(rank=3)
+    family = deep_family(name, 6)
+    save_family(family, tmp_path)
+    planned = outline_family(tmp_path).to(device=torch.device("meta"))
+    outline_adapter(planned, options)
+    add_adapter(family, options, Key(0))
+    assert plan.gradient_bytes(planned) == plan.gradient_bytes(family) < plan.weight_bytes(planned) / 2
+    assert plan.weight_bytes(planned) == plan.weight_bytes(family)
+    samples = samples_of(family, LENGTHS)
+    views = corrupt.bernoulli(samples, Key(2), num_views=1)
+    canvas = samples.canvas.rows(views.sample_R)
+    cost = calibrate(planned, torch.device("cpu"), recipe(), views, canvas, 100)
+    for parameter in family.network.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    with LiveBytes() as count:
+        hidden_RTD = family.view_hidden(views, canvas, is_read_RS=views.is_target_RS)
+        total, _ = family.target_total(hidden_RTD, views, torch.where(views.is_target_RS, -1e-3, 0.0))
+        total.backward()
+    assert cost.activations + cost.workspace == pytest.approx(count.peak, rel=0.05 if name == "llada2" else 0.01)
+
+
 def test_the_peak_is_the_largest_of_what_exists_together() -> None:
     parts: dict[str, Any] = {
         "weights": 100,
@@ -154,6 +185,26 @@ def test_an_adapter_alone_is_trained_and_its_base_the_reference(tmp_path: Path) 
     assert found.num_trained == 2 * 2 * (32 + 32)  # two layers
     assert found.memory.gradients == found.num_trained * 4
     assert found.memory.reference == 0
+
+
+@pytest.mark.parametrize(("name", "cache"), [("llada", c) for c in ("none", "prefix", "dual")] + [("sdar", "auto")])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_the_tokens_of_a_rollout_are_those_that_it_runs(name: str, cache: str, steps: int) -> None:
+    """Prompts of whole blocks in groups, against the counter of a real rollout."""
+    family = tiny_family(name)
+    prompts = [[1, 2, 3, 4, 5, 6, 7, 8]] * 3 + [[8, 7, 6, 5, 4, 3, 2, 1]] * 3
+    decode = Decode(gen_length=12, block_length=4, steps_per_block=steps, cache=cache, eos_stop=False, temperature=1.0)
+    meter = Meter()
+    denoise(family, prompts, decode, Key(0), list(range(6)), meter=meter)
+    canvas = family.empty_canvas(prompts, 12, 4)
+    assert rollout_tokens(make_plan(family, decode), canvas, 3) == meter.num_tokens
+
+
+def test_an_online_plan_says_how_long_a_rollout_takes() -> None:
+    assert plan_run(tiny_recipe("sft")).rollout_seconds is None
+    found = plan_run(tiny_recipe("espo")).rollout_seconds
+    assert found is not None
+    assert found > 0
 
 
 def test_the_command_prints_parts_or_json(tmp_path: Path) -> None:

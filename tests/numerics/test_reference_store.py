@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from dare.core.checks import check
 from dare.core.errors import DareError
+from dare.core.lora_recipe import LoraRecipe
 from dare.core.recipe import Recipe, parse_recipe
 from dare.terminal.progress import NullReporter
 from dare.training.run import train
@@ -58,6 +59,24 @@ def test_a_stored_reference_is_the_live_one(
         assert mine == pytest.approx(other, rel=1e-4, abs=1e-5)
     num = sqlite3.connect(path).execute("SELECT COUNT(*) FROM entry").fetchone()[0]
     assert num == 3 * 4 * (2 if name == "vrpo" else 1)  # both sides of four pairs a step, or four completions
+
+
+def test_an_adapter_with_a_stored_reference(tmp_path: Path, tiny_checkpoints: dict[str, Path]) -> None:
+    """Its log-probs are those of the network with the adapter off; whole models of the checkpoint use the same file."""
+    model, path = tiny_checkpoints["llada"], tmp_path / "reference.sqlite"
+    algorithm, lora = {"name": "vrpo", "views_per_sample": 2}, LoraRecipe(rank=2)
+
+    def adapted(**reference: Any) -> Recipe:
+        return recipe_of(model, algorithm, **reference).model_copy(update={"lora": lora})
+
+    live = run(adapted(), tmp_path / "live")
+    stored = run(adapted(mode="stored", path=str(path)), tmp_path / "stored")
+    for mine, other in zip(stored, live, strict=True):
+        assert mine.pop("view_forwards") < other.pop("view_forwards")
+        assert mine == pytest.approx(other, rel=1e-5, abs=1e-6)
+    written = path.read_bytes()
+    run(recipe_of(model, algorithm, mode="stored", path=str(path)), tmp_path / "whole")
+    assert path.read_bytes() == written
 
 
 def test_rows_with_fixed_masks_are_scored_once(tmp_path: Path, tiny_checkpoints: dict[str, Path]) -> None:

@@ -132,6 +132,23 @@ def test_a_resumed_run_asks_for_the_same_rows(folders: dict[str, Path], tmp_path
         assert found == pytest.approx(expected, rel=1e-4, abs=2e-6)
 
 
+def test_an_adapter_arrives_merged(folders: dict[str, Path]) -> None:
+    lora = {"rank": 2, "alpha": 8}
+    with running(load_family(folders["sdar"])) as server:
+        here, there = local_engine(folders["sdar"], lora=lora), remote_engine(folders["sdar"], server, lora=lora)
+        for engine in (here, there):
+            for name, parameter in engine.family.network.named_parameters():
+                if "lora_B" in name:
+                    torch.nn.init.constant_(parameter, 0.05)
+            engine.publish()
+        plain = local_engine(folders["sdar"]).generate(PROMPTS, DECODE, Key(5), IDS)
+        expected = here.generate(PROMPTS, DECODE, Key(5), IDS)
+        assert not torch.equal(plain.canvas.input_BS, expected.canvas.input_BS)
+        assert_equal_traces(there.generate(PROMPTS, DECODE, Key(5), IDS), expected)
+        assert there.family.adapter is not None  # what is trained is untouched
+        there.close()
+
+
 def test_a_server_in_another_dtype_shows_as_mismatch(folders: dict[str, Path], tmp_path: Path) -> None:
     with running(load_family(folders["sdar"], torch.bfloat16)) as server:
         train(recipe_of(folders["sdar"], server), tmp_path / "run", NullReporter())
@@ -170,6 +187,8 @@ def test_servers_without_step_maps_train_what_needs_none(folders: dict[str, Path
         with pytest.raises(DareError, match="reads the log-probs of the rollout") as raised:
             remote_engine(folders["sdar"], server, algorithm=capped)
         assert "commit_logp: scored" in str(raised.value)
+        with pytest.raises(DareError, match="train.correction reads the log-probs"):
+            remote_engine(folders["sdar"], server, algorithm="espo", train={"correction": "geometric"})
         scored = remote_engine(folders["sdar"], server, algorithm=capped, rollout={"commit_logp": "scored"})
         expected = local_engine(folders["sdar"]).generate(PROMPTS, DECODE, Key(5), IDS)
         found = scored.generate(PROMPTS, DECODE, Key(5), IDS)

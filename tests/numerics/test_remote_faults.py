@@ -11,6 +11,7 @@ import pytest
 
 from dare.core.errors import DareError
 from dare.core.rng import Key
+from dare.executors.remote import RemoteEngine
 from dare.families.tokenizer import char_tokenizer
 from dare.families.weights import load_family
 from dare.remote.fleet import Fleet
@@ -37,6 +38,27 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_checkpoint(tmp_path_factory.mktemp("remote") / "sdar", "sdar", char_tokenizer(ALPHABET))
 
 
+@pytest.fixture(scope="module")
+def connected(folder: Path) -> Iterator[tuple[Running, RemoteEngine]]:
+    with running(load_family(folder)) as found:
+        yield found, remote_engine(folder, found)
+
+
+@pytest.fixture
+def pair(connected: tuple[Running, RemoteEngine]) -> tuple[Running, RemoteEngine]:
+    """A server without a fault and an engine that has just met it: connecting costs more than most tests."""
+    server, engine = connected
+    server.faults.faults.clear()
+    server.faults.seen.clear()
+    meet(engine)
+    return server, engine
+
+
+def meet(engine: RemoteEngine, **limits: Any) -> None:
+    engine.fleet.close()
+    engine.fleet = Fleet(engine.options.model_copy(update=limits))
+
+
 @pytest.fixture
 def server(folder: Path) -> Iterator[Running]:
     with running(load_family(folder)) as found:
@@ -55,15 +77,14 @@ PASSING = {
 }
 
 
-def test_what_passes_changes_nothing(server: Running, folder: Path) -> None:
-    engine = remote_engine(folder, server)
+def test_what_passes_changes_nothing(pair: tuple[Running, RemoteEngine]) -> None:
+    server, engine = pair
     expected = engine.generate(PROMPTS, DECODE, Key(5), IDS)
     for fault in PASSING.values():
         server.faults.seen.clear()
         server.faults.faults = [copy.copy(fault)]
         assert_equal_traces(engine.generate(PROMPTS, DECODE, Key(5), IDS), expected)
         assert server.faults.count("/generate") == len(PROMPTS) + (fault.times or 0)
-    engine.close()
 
 
 LASTING = {
@@ -90,9 +111,8 @@ LASTING = {
 
 
 @pytest.mark.parametrize("reason", LASTING)
-def test_what_lasts_is_one_clear_error(reason: str, server: Running, folder: Path) -> None:
-    engine = remote_engine(folder, server)
-    num = server.faults.count("/generate")
+def test_what_lasts_is_one_clear_error(reason: str, pair: tuple[Running, RemoteEngine]) -> None:
+    server, engine = pair
     server.faults.faults.append(LASTING[reason])
     with pytest.raises(DareError) as raised:
         engine.generate(PROMPTS, DECODE, Key(5), IDS)
@@ -100,16 +120,25 @@ def test_what_lasts_is_one_clear_error(reason: str, server: Running, folder: Pat
     assert reason in text
     assert server.url in text
     assert "generating row" in text
-    assert server.faults.count("/generate") <= num + 3 * len(PROMPTS)
+    assert server.faults.count("/generate") <= 3 * len(PROMPTS)
+
+
+@pytest.mark.parametrize("status", [302, 400, 404])
+def test_what_cannot_be_repeated_is_an_error_at_once(status: int, pair: tuple[Running, RemoteEngine]) -> None:
+    server, engine = pair
+    server.faults.faults.append(Fault(status=status, body=b"input too long"))
+    with pytest.raises(DareError, match="refuses a request") as raised:
+        engine.generate(PROMPTS[:1], DECODE, Key(5), IDS[:1])
+    assert server.faults.count("/generate") == 1
+    assert all(text in str(raised.value) for text in (server.url, f"status {status}", "input too long"))
 
 
 @pytest.mark.parametrize(
     ("limits", "reason"), [({"timeout_s": 0.1, "retries": 1}, "ReadTimeout"), ({"deadline_s": 0.2}, "took its 0.2 s")]
 )
-def test_a_stalled_server(limits: dict[str, Any], reason: str, server: Running, folder: Path) -> None:
-    engine = remote_engine(folder, server)
-    engine.fleet.close()
-    engine.fleet = Fleet(engine.options.model_copy(update=limits))
+def test_a_stalled_server(limits: dict[str, Any], reason: str, pair: tuple[Running, RemoteEngine]) -> None:
+    server, engine = pair
+    meet(engine, **limits)
     server.faults.faults.append(Fault(stall_s=0.5))
     with pytest.raises(DareError, match="does not answer") as raised:
         engine.generate(PROMPTS[:1], DECODE, Key(5), IDS[:1])

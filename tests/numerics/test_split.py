@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dare.core.decode import Decode
+from dare.core.recipe import TrainRecipe
 from dare.core.rng import Key
 from dare.core.types import AuxLoss, Samples, Views
 from dare.executors.verl.split import auxiliary_of, make_shards, split_groups, split_rows
@@ -18,6 +20,7 @@ from dare.families.base import Family
 from dare.rollout.engine import denoise
 from dare.rollout.join import join_traces
 from dare.rollout.tree import grow_trees
+from dare.training.micro_batches import forwards
 
 PROMPTS = [[1, 2, 3, 4, 5]] * 2 + [[6]] * 2 + [[7, 8, 9]] * 2
 
@@ -101,13 +104,15 @@ def test_shards_hold_every_view_once_and_forward_equally_often(data: st.DataObje
     samples = _samples()
     rows = torch.tensor(data.draw(st.lists(st.sampled_from(range(num_views)), min_size=1, unique=True))).sort().values
     parts = split_rows(rows, num_workers)
-    shards = make_shards(views, samples, parts, micro)
+    lengths = samples.canvas.is_real_BS.sum(-1)[views.sample_R]
+    is_packed = data.draw(st.booleans())
+    limits = {"pack_length": 3 * micro} if is_packed else {"micro_batch_views": micro, "micro_batch_tokens": 3 * micro}
+    shards = make_shards(views, samples, parts, partial(forwards, train=TrainRecipe(**limits)))
     assert torch.equal(torch.cat(parts), rows)
-    assert len({len(shard.parts()) for shard in shards}) == 1
+    assert len({len(shard.parts) for shard in shards}) == 1
     for part, shard in zip(parts, shards, strict=True):
-        assert shard.has_views == bool(len(part))
-        assert max(len(piece) for piece in shard.parts()) <= micro
-        assert torch.equal(torch.cat(shard.parts()), torch.arange(len(part)))
+        assert all(int(lengths[part][piece].sum()) <= 3 * micro for piece in shard.parts)
+        assert torch.equal(torch.cat(shard.parts).sort().values, torch.arange(len(part)))
         if len(part):
             assert torch.equal(shard.views.noisy_RS, ids_RS[part])
             assert torch.equal(shard.canvas.input_BS[shard.views.sample_R], samples.canvas.input_BS[sample_R[part]])

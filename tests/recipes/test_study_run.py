@@ -14,7 +14,7 @@ import yaml
 from dare.core.data_recipe import DataRecipe
 from dare.core.errors import DareError
 from dare.studies.build import build_study_report
-from dare.studies.run import cell_folder, run_study
+from dare.studies.run import cell_folder, recorded_cells, run_study
 from dare.studies.study import load_study
 
 SMOKE = Path(__file__).parents[2] / "recipes" / "studies" / "smoke.yaml"
@@ -45,6 +45,7 @@ def test_a_study_runs_resumes_and_reports(tmp_path: Path) -> None:
     for row, cell in zip(rows, cells, strict=True):
         assert float(row["forwards"]) <= 1.6 * 700
         assert int(row["steps"]) == cell.recipe.train.steps
+    assert recorded_cells(plan, out) == cells
     before = {path: path.stat().st_mtime_ns for path in out.glob("runs/**/metrics.jsonl")}
     done, broken = cell_folder(out, cells[0]), cell_folder(out, cells[1])
     shutil.rmtree(broken)
@@ -64,6 +65,7 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(DareError, match="another process"):
             run_study(plan, out, 1, print)
+        assert recorded_cells(plan, out) == plan.cells  # to look is allowed meanwhile
 
 
 @pytest.mark.slow

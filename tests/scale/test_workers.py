@@ -192,11 +192,17 @@ def logs(run_dir: Path) -> list[dict[str, float]]:
 
 
 def test_a_run_moves_between_world_sizes(cluster: None, checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    """Two steps in one process, two on two workers, two on four: the metrics of a run that stayed."""
+    """Two steps in one process, two on two workers with packed views, two on four that hold two copies of the weights:
+    the metrics of a run that stayed."""
     train(recipe_of(checkpoints["llada"], "espo"), tmp_path / "stayed", NullReporter())
-    places = ["local", {"name": "verl", "num_workers": 2}, {"name": "verl", "num_workers": 4}]
-    for index, executor in enumerate(places):
-        recipe = recipe_of(checkpoints["llada"], "espo", executor, steps=2 * (index + 1))
+    places: list[tuple[Any, int | None]] = [
+        ("local", None),
+        ({"name": "verl", "num_workers": 2}, 40),
+        ({"name": "verl", "num_workers": 4, "fsdp_size": 2}, None),
+    ]
+    for index, (executor, pack_length) in enumerate(places):
+        options = {"steps": 2 * (index + 1), "pack_length": pack_length}
+        recipe = recipe_of(checkpoints["llada"], "espo", executor, **options)
         train(recipe, tmp_path / "moved", NullReporter(), is_resumed=index > 0)
     for expected, found in zip(logs(tmp_path / "stayed"), logs(tmp_path / "moved"), strict=True):
         expected.pop("replay_gap", None)

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 from dare.core.decode import Decode
-from dare.core.rng import Key
 from dare.core.text import Completion, Prompt
-from dare.evals.backend import Continuation, NativeBackend
+from dare.evals.backend import Continuation, NativeBackend, Stream
 from dare.evals.likelihood import Likelihood
 from dare.families.tokenizer import decode
 from dare.model import Model
@@ -77,8 +76,8 @@ def test_ids_and_streams_of_random_numbers(family: str, served: dict[str, Served
     """With the key and the ids of an evaluation, the completions are those of the evaluation."""
     backend = NativeBackend(models[family].family, models[family].tokenizer)
     decode_options = Decode(**DECODE, temperature=1.0)
-    key, ids = Key(9).fold("evaluation", "gsm8k"), [7, 2**62]
-    expected = backend.generate([Prompt("a", text="ab"), Prompt("b", text="x")], decode_options, key, ids)
+    stream, ids = Stream(9, ("evaluation", "gsm8k")), [7, 2**62]
+    expected = backend.generate([Prompt("a", text="ab"), Prompt("b", text="x")], decode_options, stream, ids)
     extra = {"sample_ids": ids, "key": ["evaluation", "gsm8k"], "details": True}
     answer = served[family].complete(prompt=["ab", "x"], seed=9, temperature=1.0, dare=extra)
     assert shown(answer) == choices_of(expected)
@@ -128,8 +127,8 @@ def test_likelihoods_are_those_of_the_evaluation(
     items = [("1+1=", "2"), ("1+1=", "twenty"), ("", "abc")]
     continuations = [Continuation(Prompt("", text=context), text, 11) for context, text in items]
     options = Likelihood(num_samples=16)
-    key = Key(3).fold("evaluation", "mmlu")
-    expected = backend.log_likelihoods(continuations, options, key)
+    stream = Stream(3, ("evaluation", "mmlu"))
+    expected = backend.log_likelihoods(continuations, options, stream)
     body = {
         "items": [{"context": context, "continuation": text, "sample_id": 11} for context, text in items],
         "likelihood": {"num_samples": 16},

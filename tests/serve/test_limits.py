@@ -182,6 +182,12 @@ def test_queue_time_and_slow_requests_are_limited(models: dict[str, Model]) -> N
         assert refused.status in (200, 429)
         for connection in waiting:
             connection.close()
+    with running(models["sdar"], limits=LIMITS.model_copy(update={"max_requests": 1})) as server:
+        with socket.create_connection((HOST, server.port), timeout=10) as slow:
+            slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 10\r\n\r\n{")
+            wait_for(lambda: server.ask("/v1/models").status == 429)
+            assert server.ask("/health").status == 200
+        wait_for(lambda: server.ask("/v1/models").status == 200)
 
 
 def test_keys(models: dict[str, Model], caplog: pytest.LogCaptureFixture) -> None:

@@ -310,7 +310,7 @@ def test_no_character_of_a_raw_text_is_lost(text: str, max_length: int) -> None:
 
 @pytest.mark.parametrize("spec", [SPEC, BLOCKWISE], ids=["masked", "block"])
 def test_a_share_of_raw_rows_is_cropped_to_random_lengths(spec: FamilySpec) -> None:
-    """At the rate, uniformly, by row alone; without a key (validation, inspection) never."""
+    """At the rate, uniformly, by row alone; without a key (validation) never."""
     rows = [TextRow(f"t{i}", "here", "abcdefghij" * 4) for i in range(600)]
     data = DataRecipe(max_length=40, eos="none", crop_rate=0.5)
     kept = [RowEncoder(PLAIN, data, DECODE, spec, key=Key(3)).encode(row)[0].num_tokens for row in rows]

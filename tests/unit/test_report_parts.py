@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dare.core.recipe import load_recipe
 from dare.report.build import live_page
 from dare.report.comparison import compare, difference
 from dare.report.curves import Chart, Series, charts
 from dare.report.drawing import HEIGHT, WIDTH, draw, ticks
 from dare.report.markdown import render_markdown
+from dare.report.reference import find_reference
 from dare.report.run_data import RunData, earlier_stage, load_run
 from dare.report.samples import orders, pairs
 from tests.unit.report_runs import evaluation, sample, write_lines, write_run, write_sft
 
+ROOT = Path(__file__).parents[2]
+REFERENCES = sorted((ROOT / "benchmarks" / "results" / "reference").glob("*.json"))
 VALUES = st.floats(-1e9, 1e9, allow_nan=False)
 
 
@@ -56,6 +61,7 @@ def test_difference_is_newcombes() -> None:
     assert (change.low, change.high) == (pytest.approx(0.0524, abs=5e-5), pytest.approx(0.3339, abs=5e-5))
 
 
+@settings(deadline=None)
 @given(st.integers(1, 300), st.integers(1, 300), st.data())
 def test_difference_holds_its_value_and_flips(num_a: int, num_b: int, data: st.DataObject) -> None:
     a = evaluation(0, data.draw(st.integers(0, num_a)), num_a)
@@ -84,6 +90,7 @@ def test_before_is_the_runs_own_start_if_it_has_one(tmp_path: Path) -> None:
     assert comparison.change is not None
 
 
+@settings(deadline=None)
 @given(st.lists(VALUES, min_size=1, max_size=20), st.sampled_from(["percent", "number"]))
 def test_drawing_stays_inside(values: list[float], unit: Any) -> None:
     if unit == "percent":
@@ -97,6 +104,7 @@ def test_drawing_stays_inside(values: list[float], unit: Any) -> None:
     assert all(drawing.top <= position <= drawing.bottom for position in positions)
 
 
+@settings(deadline=None)
 @given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e9))
 def test_ticks_are_few_and_inside(low: float, width: float) -> None:
     found = ticks(low, low + width, 4)
@@ -105,6 +113,7 @@ def test_ticks_are_few_and_inside(low: float, width: float) -> None:
     assert all(low - 1e-6 * width <= value <= low + 1.000001 * width for value in found)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 2000))
 def test_long_curves_are_averaged(num: int) -> None:
     records = [{"step": step, "loss": float(step)} for step in range(1, num + 1)]
@@ -179,3 +188,19 @@ def test_curves_in_an_order_have_a_colour_each(tmp_path: Path) -> None:
     assert drawing.latest == ""
     page = live_page(run)
     assert all(f".{stroke.tone} {{" in page for stroke in drawing.strokes)  # every tone has a colour
+
+
+@pytest.mark.parametrize("path", REFERENCES, ids=lambda path: path.stem)
+def test_shipped_references_are_those_of_the_shipped_recipes(path: Path, tmp_path: Path) -> None:
+    """Otherwise a report would silently draw none. Options that came later have their defaults."""
+    record = json.loads(path.read_text())
+    recipe = load_recipe(ROOT / re.findall(r"recipes/\S+\.yaml", record["made_with"])[0])
+    run = write_run(tmp_path / "run", num_steps=6)
+    (run / "recipe.yaml").write_text(recipe.dump_yaml())
+    (run / "run.json").unlink()
+    found = find_reference(load_run(run))
+    assert found is not None
+    assert [e["step"] for e in found.evaluations][-1] == recipe.train.steps
+    other = recipe.model_copy(update={"decode": recipe.decode.model_copy(update={"gen_length": 9})})
+    (run / "recipe.yaml").write_text(other.dump_yaml())
+    assert find_reference(load_run(run)) is None

@@ -19,7 +19,7 @@ from dare.core.errors import DareError
 from dare.core.recipe import Recipe
 from dare.studies.build import build_study_report
 from dare.studies.results import Missing, Result, read_cell, step_cost
-from dare.studies.run import Job, cell_folder, check_settings, is_finished, resolve_cells
+from dare.studies.run import Job, cell_folder, check_settings, is_finished, recorded_cells, resolve_cells
 from dare.studies.study import START, Cell, Panel, Plan, load_study
 from dare.studies.summary import overall, summarize
 from tests.unit.report_runs import evaluation, write_lines
@@ -181,6 +181,34 @@ def test_another_run_in_the_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DareError) as caught:
         check_settings(Job(cell.name, longer, job.out), tmp_path)
     assert "train.steps: 10 there, 11 in the study" in str(caught.value)
+
+
+def test_a_report_while_the_study_runs(tmp_path: Path) -> None:
+    """Finished, half-written, damaged and not begun: what can be shown is shown, and nothing is run."""
+    study, out = write_study(tmp_path), tmp_path / "out"
+    plan = load_study(study)
+    cells = resolved(plan)
+    for cell in cells[:4]:
+        write_result(out, cell, 80, status="running" if cell is cells[2] else "finished")
+        asked = Job(cell.name, cell.recipe, cell_folder(out, cell)).file(out, ".yaml")
+        asked.parent.mkdir(exist_ok=True)
+        asked.write_text(cell.recipe.dump_yaml())
+    with (cell_folder(out, cells[2]) / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1')
+    for name in ("recipe.yaml", "eval.jsonl"):
+        (cell_folder(out, cells[3]) / name).write_text("{[\n")
+    assert recorded_cells(plan, out)[:4] == cells[:4]
+    assert recorded_cells(plan, out)[4:] == plan.cells[4:]
+    result = CliRunner().invoke(app, ["compare", str(study), "--out", str(out), "--report"])
+    assert result.exit_code == 0, result.output
+    text = Page((out / "report" / "index.html").read_text()).text
+    assert "2 of 6 runs" in text
+    assert "cj_grpo, seed 2: running at step 10 of 10" in text
+    assert "espo, seed 0: 1 line of eval.jsonl cannot be read" in text
+    with pytest.raises(DareError, match="other settings"):
+        recorded_cells(plan_of(tmp_path, recipe={**STUDY["recipe"], "evaluation": {"num": 39}}), out)
+    with pytest.raises(DareError, match="no study here"):
+        recorded_cells(plan, tmp_path / "elsewhere")
 
 
 def test_costs_and_curves_are_those_of_the_logs(tmp_path: Path) -> None:

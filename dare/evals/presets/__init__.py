@@ -66,6 +66,12 @@ def plan(
     return [_planned(task, rows[task], common, preset, overrides or {}) for task in tasks or rows]
 
 
+def published_models() -> dict[str, dict[str, Any]]:
+    """The table of preset paper: by model, its family, source, style, and tasks with settings and published scores."""
+    models: dict[str, dict[str, Any]] = _read(_FOLDER / "paper.yaml", "paper")["models"]
+    return models
+
+
 def _table(preset: str, family: str) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     data = _read(_FOLDER / "table.yaml" if preset == "table" else Path(preset), preset)
     tasks, samplers = data.get("tasks"), data.get("samplers") or {}
@@ -79,7 +85,7 @@ def _table(preset: str, family: str) -> tuple[dict[str, dict[str, Any]], dict[st
 
 
 def _paper(family: str, checkpoint: str, model: str | None) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    models = _read(_FOLDER / "paper.yaml", "paper")["models"]
+    models = published_models()
     name = model or Path(checkpoint).name
     if name not in models:
         error = unknown_name("published model", name, models, where="--model" if model else "the checkpoint's name")

@@ -8,6 +8,7 @@ rounding of float32 sums.
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from dare.core.decode import Decode
 from dare.core.engine import Progress, Role
 from dare.core.errors import DareError
-from dare.core.recipe import Recipe
+from dare.core.recipe import Recipe, TrainRecipe
 from dare.core.rng import Key
 from dare.core.spec import FamilySpec
 from dare.core.types import AuxLoss, Canvas, Samples, TraceBatch, Views
@@ -29,6 +30,7 @@ from dare.families.build import outline
 from dare.families.flops import training_flops
 from dare.rollout.join import join_traces
 from dare.rollout.plan import check_prompts, make_plan
+from dare.training.micro_batches import forwards
 
 if TYPE_CHECKING:
     from dare.executors.verl.workers import Workers
@@ -37,10 +39,10 @@ if TYPE_CHECKING:
 class VerlEngine:
     """Drives `workers`; `outline` is the family without weights, which lays canvases out."""
 
-    def __init__(self, outline: Family, workers: Workers, micro_batch_views: int) -> None:
+    def __init__(self, outline: Family, workers: Workers, train: TrainRecipe) -> None:
         self.outline = outline
         self.workers = workers
-        self.micro_batch_views = micro_batch_views
+        self.forwards = partial(forwards, train=train)
         self.weights_version = 0
         self.flops_of_step = 0.0
 
@@ -55,7 +57,7 @@ class VerlEngine:
         from dare.executors.verl.workers import start
 
         workers = start(recipe, tokenizer, options, needs_reference=needs_reference, critic_lr=critic_lr)
-        return cls(outline(recipe.model, tokenizer, recipe.lora), workers, recipe.train.micro_batch_views)
+        return cls(outline(recipe.model, tokenizer, recipe.lora), workers, recipe.train)
 
     @property
     def spec(self) -> FamilySpec:
@@ -165,4 +167,4 @@ class VerlEngine:
 
     def _shards(self, views: Views, samples: Samples, rows: Tensor) -> tuple[list[Tensor], list[Shard]]:
         parts = split_rows(rows, self.workers.num)
-        return parts, make_shards(views, samples, parts, self.micro_batch_views)
+        return parts, make_shards(views, samples, parts, self.forwards)

@@ -87,23 +87,21 @@ class DiffusionFSDPEngine(FSDPEngine):  # type: ignore[misc]
 
     def score(self, shard: Shard, is_reference: bool, role: Role) -> Tensor:
         """float32 [R, S]: of this process's views."""
-        found = self.local.score_parts(shard.views, shard.canvas, shard.parts(), is_reference=is_reference, role=role)
+        found = self.local.score_parts(shard.views, shard.canvas, shard.parts, is_reference=is_reference, role=role)
         for network in self.local.networks():
             shards.release(network)
         return found
 
     def predict(self, shard: Shard) -> Tensor:
         """int64 [R, S]: of this process's views."""
-        found = self.local.predict_parts(shard.views, shard.canvas, shard.parts())
+        found = self.local.predict_parts(shard.views, shard.canvas, shard.parts)
         for network in self.local.networks():
             shards.release(network)
         return found
 
     def accumulate(self, shard: Shard, grad_RS: Tensor, auxiliary: AuxLoss | None, role: Role) -> tuple[Tensor, Tensor]:
         """The scores of this process's views, and the values of its auxiliary terms."""
-        found = self.local.replay_parts(
-            shard.views, shard.canvas, grad_RS, shard.parts(), auxiliary=auxiliary, role=role
-        )
+        found = self.local.replay_parts(shard.views, shard.canvas, grad_RS, shard.parts, auxiliary=auxiliary, role=role)
         return found, torch.zeros(0) if auxiliary is None else auxiliary.value_A
 
     def step(self, role: Role) -> dict[str, float]:

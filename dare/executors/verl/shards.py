@@ -26,7 +26,7 @@ def sharder(
     """
     # Inputs are not cast: the embedding already gives the compute dtype, and rotations stay in float32.
     precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
+    offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if cpu_offload else OffloadPolicy()
     cut = partial(fully_shard, mesh=mesh, mp_policy=precision, offload_policy=offload)
 
     def shard(network: Network) -> None:

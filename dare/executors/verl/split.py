@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -17,19 +17,13 @@ from dare.core.types import AuxLoss, Canvas, Samples, Views
 class Shard:
     """One process's part of a batch of views, with rows of its own.
 
-    num_parts  forwards that every process makes; this one's views are spread over them, and some may be empty
-    has_views  False: `views` holds a stand-in that counts for nothing
+    parts  the views of each forward; every process has as many, the last ones may be empty. Where all are, `views`
+           holds a stand-in that counts for nothing
     """
 
     views: Views
     canvas: Canvas
-    num_parts: int
-    has_views: bool
-
-    def parts(self) -> list[Tensor]:
-        """Rows of each forward."""
-        num = self.views.num_views if self.has_views else 0
-        return list(torch.arange(num).tensor_split(self.num_parts))
+    parts: list[Tensor]
 
 
 def split_rows(rows: Tensor, num_workers: int) -> list[Tensor]:
@@ -44,16 +38,27 @@ def split_groups(num_rows: int, num_workers: int, group_size: int) -> list[range
     return [range(start, end) for start, end in pairwise(edges)]
 
 
-def make_shards(views: Views, samples: Samples, parts: Sequence[Tensor], micro_batch_views: int) -> list[Shard]:
-    """The views that `parts` name, each part with the canvas rows that it needs and no others."""
-    num_parts = -(-max(len(part) for part in parts) // micro_batch_views)
-    return [_shard(views, samples.canvas, part, num_parts) for part in parts]
+def make_shards(
+    views: Views, samples: Samples, parts: Sequence[Tensor], forwards: Callable[[Tensor], list[Tensor]]
+) -> list[Shard]:
+    """The views that `parts` name, each part with the canvas rows that it needs and no others.
+
+    forwards  which of the views of these lengths go into one forward
+    """
+    length_R = samples.canvas.is_real_BS.sum(-1)[views.sample_R]
+    cut = [forwards(length_R[part]) for part in parts]
+    num = max(map(len, cut))
+    none = torch.zeros(0, dtype=torch.int64)
+    return [
+        _shard(views, samples.canvas, part, [*own, *[none] * (num - len(own))])
+        for part, own in zip(parts, cut, strict=True)
+    ]
 
 
-def _shard(views: Views, canvas: Canvas, part: Tensor, num_parts: int) -> Shard:
+def _shard(views: Views, canvas: Canvas, part: Tensor, parts: list[Tensor]) -> Shard:
     chosen = views.rows(part if len(part) else torch.tensor([0]))
     sample_N, row_R = torch.unique(chosen.sample_R, return_inverse=True)
-    return Shard(replace(chosen, sample_R=row_R), canvas.rows(sample_N), num_parts, has_views=bool(len(part)))
+    return Shard(replace(chosen, sample_R=row_R), canvas.rows(sample_N), parts)
 
 
 def auxiliary_of(auxiliary: AuxLoss | None, rows: Tensor) -> tuple[AuxLoss | None, Tensor]:
