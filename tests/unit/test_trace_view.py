@@ -177,6 +177,10 @@ def test_a_newer_file_is_read_as_far_as_possible(trace_path: Path, tmp_path: Pat
     [
         ({"drop": ("input_BS",)}, "lacks tensors"),
         ({"info": {"mask_id": None}}, "malformed"),
+        ({"info": {"temperature": "warm"}}, "malformed"),
+        ({"info": {"policy": []}}, "malformed"),
+        ({"info": {"pieces": 3}}, "malformed"),
+        ({"info": {"decode": {"threshold": [float("nan")], "x": float("inf")}}}, "malformed"),
         ({"nfe_B": np.ones(5, np.int32)}, "malformed"),
         ({"position_M": np.array([1], np.int32)}, "malformed"),
         ({"position_P": np.full(1000, 999, np.int32)}, "malformed"),
