@@ -2,8 +2,9 @@
 
 python benchmarks/fuzz.py --minutes 5 [--only WORD] [--out FILE]
 
-A finding is an exception that is no DareError, more than 20 seconds, more than 4 GiB, or a file outside of the folder.
-Prints each finding once, with the shortest input that hypothesis finds; exit code 1 if there are any.
+A finding is an exception that is no DareError, more than 10 seconds of processor time, more than 4 GiB,
+or a file outside of the folder. Each is printed once, with the shortest input that hypothesis finds.
+Exit code 1 if there are any.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def explain_fault(error: BaseException, *, where: str | None = None) -> DareErro
             fix="smaller train.micro_batch_tokens, train.recompute=full or a smaller decode.batch_size; "
             "`dare plan` says what a recipe needs",
         )
-    if not isinstance(error, OSError):
+    if not isinstance(error, OSError) or error.errno == errno.EPIPE:  # a reader that has seen enough is no fault
         return None
     place = ", ".join(str(part) for part in (where, error.filename) if part) or None
     if error.errno in _NO_ROOM:

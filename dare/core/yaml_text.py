@@ -6,7 +6,8 @@ from typing import Any
 
 import yaml
 
-MAX_CHARACTERS = 1_000_000
+MAX_CHARACTERS = 200_000
+MAX_DEPTH = 50  # PyYAML takes time with the square of it
 MAX_VALUES = 100_000  # with every alias written out: a few lines of aliases can stand for billions
 
 
@@ -19,6 +20,11 @@ def load_yaml(text: str) -> Any:
     if len(text) > MAX_CHARACTERS:
         raise yaml.YAMLError(f"{len(text)} characters, at most {MAX_CHARACTERS} are read")
     try:
+        depth = 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH:
+                raise yaml.YAMLError(f"nested more than {MAX_DEPTH} deep")
         data = yaml.safe_load(text)
         num_values = _num_values(data, {})
     except (ValueError, TypeError, OverflowError, RecursionError, AttributeError) as error:

@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -26,7 +26,9 @@ class StopRequest(Exception):
 
 
 class StopSignals:
-    """Catches the signals while it is entered; in another thread than the main one it does nothing.
+    """Catches the signals while it is entered, but those that are ignored (`nohup`, background jobs of scripts).
+
+    In another thread than the main one it does nothing.
 
     Outside of `deferred` a signal raises Interrupted where the main thread is. Within, the first one sets `received`
     and starts the clock: after `within_s` seconds, or at a second signal, the process ends with 128 + signal.
@@ -38,6 +40,7 @@ class StopSignals:
         self._is_deferred = False
         self._is_over = threading.Event()
         self._before: dict[int, Any] = {}
+        self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
         if threading.current_thread() is not threading.main_thread():
@@ -46,7 +49,8 @@ class StopSignals:
         os.set_blocking(self._writing, False)
         self._wakeup_before = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
         for signum in _SIGNALS:
-            self._before[signum] = signal.signal(signum, self._handle)
+            if signal.getsignal(signum) is not signal.SIG_IGN:
+                self._before[signum] = signal.signal(signum, self._handle)
         self._thread = threading.Thread(target=self._watch, name="stop signals", daemon=True)
         self._thread.start()
         return self
@@ -55,7 +59,7 @@ class StopSignals:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._is_over.set()
-        if not self._before:
+        if self._thread is None:
             return
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
@@ -97,7 +101,8 @@ class StopSignals:
 
 def _say(text: str) -> None:
     """To stderr past Python's buffers, whose locks the main thread may hold."""
-    os.write(2, f"\n{text}\n".encode())
+    with suppress(OSError):  # nobody may be listening any more
+        os.write(2, f"\n{text}\n".encode())
 
 
 def _end_now(signum: int, what: str) -> None:

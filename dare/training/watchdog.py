@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -51,7 +52,8 @@ class Watchdog:
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
         self._file.close()
-        self.path.unlink(missing_ok=True)
+        with suppress(OSError):  # a folder that became read-only: what ended the run is the news
+            self.path.unlink()
 
     def _watch(self, timeout_s: float) -> None:
         tick_s = min(_TICK_S, timeout_s / 4)

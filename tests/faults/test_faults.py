@@ -37,7 +37,7 @@ def test_the_matrix_is_large_and_its_names_are_unique() -> None:
 @pytest.mark.slow
 def test_quick_part_of_the_crash_matrix() -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "crash_matrix.py"), "--quick"]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=900)
     rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
     assert len(rows) == len(QUICK), done.stdout + done.stderr
     assert done.returncode == 0, "\n".join(row for row in rows if not row.endswith(("| yes |", "| skipped |")))
@@ -78,6 +78,17 @@ def test_signals_are_given_back() -> None:
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
+def test_ignored_signals_stay_ignored() -> None:
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with StopSignals(5.0) as stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+            assert stop.received is None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_two_processes_do_not_write_one_run(tmp_path: Path) -> None:
     recipe = parse_recipe(RECIPES["rl"], where="test")
     (tmp_path / "run").mkdir()
@@ -106,6 +117,7 @@ def test_a_broken_recipe_in_a_run_folder_is_said(tmp_path: Path) -> None:
         (MemoryError(), "out of memory"),
         (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory"),
         (RuntimeError("a bug"), None),
+        (BrokenPipeError(32, "Broken pipe"), None),
         (ValueError("out of memory is what the text says"), None),
     ],
 )
