@@ -47,7 +47,11 @@ def page(outcomes: list[Outcome], seconds: float) -> str:
         "`python benchmarks/crash_matrix.py --out benchmarks/results/crash_matrix.md`.\n\n"
         "Good: the exit code and the one message are as stated, no file is half-written, and the same command "
         "afterwards ends with the logs and checkpoints of an uninterrupted run, byte for byte. Damage is done to the "
-        "folder of a killed run.\n\n" + HEAD + "\n".join(map(row, outcomes)) + "\n"
+        "folder of a killed run. A rollout server that was killed, stopped (SIGSTOP) or answers 500 to everything "
+        "(refuses) is replaced by a new one at its address before the second command; its url is in the message.\n\n"
+        + HEAD
+        + "\n".join(map(row, outcomes))
+        + "\n"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tests.faults import faults, places
+from tests.faults import faults, places, servers
 from tests.faults.places import PLACES, change_result, strike
 
 KILLED, SIGINT, SIGTERM, MISTAKE, HUNG, FINISHED = -9, 130, 143, 2, 75, 0
@@ -22,7 +23,7 @@ class Case:
     code       how the command has to end
     message    what it has to say
     verb       train or export
-    recipe     a row of RECIPES
+    recipe     a row of RECIPES, or remote
     damage     done to the run folder after the command
     volume     size of the file system that the case needs to have for itself; None: it needs none
     """
@@ -244,6 +245,24 @@ def _damages() -> list[Case]:
     ]
 
 
+def _servers() -> list[Case]:
+    """The rollout server is lost for good; the second command finds a new one at the same address."""
+    lost = {"server killed": signal.SIGKILL, "server stopped": signal.SIGSTOP, "server refuses": servers.REFUSE}
+    says = {"weights to server": "loading weights", "row of server": "generating row"}
+    where = [(fault, place) for fault in lost for place in says]
+    where += [("server killed", place) for place in ("load", "update", "row of server, evaluate")]
+
+    def case(fault: str, place: str) -> Case:
+        doing = says.get(place, "the rollout server does not answer")
+
+        def inject(folder: Path) -> None:
+            strike(PLACES[place], servers.signal_server(folder, lost[fault]))
+
+        return Case(fault, place, inject, MISTAKE, doing, recipe="remote")
+
+    return [case(fault, place) for fault, place in where]
+
+
 def _ignore(value: Any) -> None:
     """For expressions that are called for what they do."""
 
@@ -263,6 +282,7 @@ QUICK = (
     "hangs | rl | rollout",
     "damage | rl | weights cut",
     "damage | rl | log cut",
+    "server killed | remote | row of server",
 )
 
 
@@ -277,4 +297,5 @@ def all_cases() -> list[Case]:
         *_hangs(),
         *_clocks(),
         *_damages(),
+        *_servers(),
     ]

@@ -16,6 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from safetensors import safe_open
 from dare import api, cli, exports
 from dare.core.errors import DareError
 from dare.training.checkpoint import list_checkpoints, read_state
-from tests.faults import faults
+from tests.faults import faults, servers
 from tests.faults.cases import KILLED, Case
 from tests.faults.places import STRUCK
 
@@ -78,9 +79,28 @@ class Matrix:
             (folder / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
             api.train(folder / f"{name}.yaml", folder / name / "run")  # here, so that forks find everything loaded
         exports.export(folder / "rl" / "run", folder / "export")
+        self.port = servers.free_port()
+
+    def _prepare_remote(self) -> None:
+        """The run that nothing happened to, with rollouts on a server, if there is none yet."""
+        if (self.folder / "remote").exists():
+            return
+        checkpoint = servers.make_checkpoint(self.folder / "sdar")
+        recipe = {**RECIPES["rl"], "name": "remote", **servers.remote_options(checkpoint, self.port)}
+        (self.folder / "remote.yaml").write_text(yaml.safe_dump(recipe))
+        with servers.serving(checkpoint, self.port, self.folder):
+            api.train(self.folder / "remote.yaml", self.folder / "remote" / "run")
+
+    def _server(self, case: Case, place: Path) -> AbstractContextManager[None]:
+        """A new server for a command, if it needs one."""
+        if case.recipe != "remote":
+            return nullcontext()
+        return servers.serving(self.folder / "sdar", self.port, place)
 
     def run(self, case: Case) -> Outcome:
         """The outcome of a case, found out by a process of its own."""
+        if case.recipe == "remote":
+            self._prepare_remote()
         place = self.folder / "case"
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir()
@@ -122,11 +142,14 @@ class Matrix:
             return self._command(place, case.recipe, "run", case.options, before)
 
         start = time.monotonic()
-        code, text = command(inject)
+        with self._server(case, place):
+            code, text = command(inject)
         seconds = time.monotonic() - start
         problems = [] if code == case.code else [f"exit code {code}, not {case.code}: {text[-300:]}"]
         problems += [] if STRUCK.exists() else ["the fault did not strike"]
         problems += _message_problems(case, text)
+        if case.recipe == "remote" and f"http://127.0.0.1:{self.port}" not in text:
+            problems.append("does not name the server")
         if os.path.ismount(place) and case.fault == "read-only folder":
             faults.unmount(place)
         (place / faults.BALLAST).unlink(missing_ok=True)
@@ -134,7 +157,8 @@ class Matrix:
         problems += _half_written(target, is_killed=code == KILLED)
         if case.damage is not None:
             case.damage(place)
-        code_again, text_again = command()
+        with self._server(case, place):
+            code_again, text_again = command()
         if is_export and (target / "config.json").exists() and "exist" in text_again:
             code_again = 0  # the first one came so far
         if code_again != 0:

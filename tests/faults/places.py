@@ -51,6 +51,9 @@ PLACES = {
     "export": Place("dare.exports:save_family", is_after=True),
     "export, written": Place("dare.core.files:sync_directory"),
     "finish": Place("dare.training.session:Session.close"),
+    "weights to server": Place("dare.remote.fleet:Server.ensure", "step 2, rollout"),
+    "row of server": Place("dare.remote.fleet:Server.generate", "step 2, rollout", 2),
+    "row of server, evaluate": Place("dare.remote.fleet:Server.generate", "step 2, evaluate", 2),
 }
 
 
