@@ -23,6 +23,7 @@ from importlib import metadata
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 from dare.core.errors import DareError
 from dare.core.files import write_json
@@ -37,13 +38,21 @@ def environments_root() -> Path:
 
 
 def requirements_of(extra: str) -> list[str]:
-    """What DARE and one of its extras need, as this installation says. Raises DareError without one."""
+    """What DARE and one of its extras need, as this installation says, with its torch. Raises DareError without one."""
     try:
-        found = [Requirement(text) for text in metadata.requires(_PACKAGE) or []]
+        package = metadata.distribution(_PACKAGE)
     except metadata.PackageNotFoundError:
         raise DareError(f"{_PACKAGE} is not installed here", fix="pip install -e . in its source folder") from None
+    if extra not in (package.metadata.get_all("Provides-Extra") or ()):
+        raise DareError(
+            f"{_PACKAGE} was installed from an older source, which had no extra {extra}",
+            got=package.version,
+            fix="pip install -e . in its source folder again",
+        )
+    found = [Requirement(text) for text in package.requires or ()]
     wanted = [item for item in found if item.marker is None or item.marker.evaluate({"extra": extra})]
-    return sorted(f"{item.name}{item.specifier}" for item in wanted)
+    torch = f"=={Version(metadata.version('torch')).public}"  # a newer one may bring gigabytes for another machine
+    return sorted(f"{item.name}{torch if item.name == 'torch' else item.specifier}" for item in wanted)
 
 
 def find_environment(name: str, requirements: Sequence[str], root: Path | None = None) -> Path:

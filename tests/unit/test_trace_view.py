@@ -188,9 +188,6 @@ def test_metadata_of_another_kind_is_left_out_and_said(name: str, trace_path: Pa
     [
         ({"drop": ("input_BS",)}, "lacks tensors"),
         ({"info": {"mask_id": None}}, "malformed"),
-        ({"info": {"temperature": "warm"}}, "malformed"),
-        ({"info": {"policy": []}}, "malformed"),
-        ({"info": {"pieces": 3}}, "malformed"),
         ({"info": {"decode": {"threshold": [float("nan")], "x": float("inf")}}}, "malformed"),
         ({"nfe_B": np.ones(5, np.int32)}, "malformed"),
         ({"position_M": np.array([1], np.int32)}, "malformed"),
