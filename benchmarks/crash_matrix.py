@@ -1,6 +1,6 @@
 """Crash matrix: every fault at every phase, then the same command again; prints and writes a table.
 
-python benchmarks/crash_matrix.py [--only WORD] [--quick] [--out FILE]
+python benchmarks/crash_matrix.py [--only WORD] [--quick] [--out FILE] [--verl-python PATH]
 
 Exit code 1 if a case is not as it has to be.
 """
@@ -60,13 +60,14 @@ def main() -> int:
     parser.add_argument("--only", default="", help="cases whose name holds this")
     parser.add_argument("--quick", action="store_true", help="the few cases that the tests run")
     parser.add_argument("--out", type=Path, help="Markdown file to write")
+    parser.add_argument("--verl-python", type=Path, help="interpreter with verl, for cases of lost workers")
     arguments = parser.parse_args()
     cases = [case for case in all_cases() if arguments.only in case.name]
     cases = [case for case in cases if not arguments.quick or case.name in QUICK]
     outcomes: list[Outcome] = []
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        matrix = Matrix(Path(folder))
+        matrix = Matrix(Path(folder), arguments.verl_python)
         for case in cases:
             outcomes.append(matrix.run(case))
             print(row(outcomes[-1]), flush=True)

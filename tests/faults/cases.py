@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tests.faults import faults, places, servers
+from tests.faults import faults, places, servers, workers
 from tests.faults.places import PLACES, change_result, strike
 
 KILLED, SIGINT, SIGTERM, MISTAKE, HUNG, FINISHED = -9, 130, 143, 2, 75, 0
@@ -23,7 +23,7 @@ class Case:
     code       how the command has to end
     message    what it has to say
     verb       train or export
-    recipe     a row of RECIPES, or remote
+    recipe     a row of RECIPES, or remote, or verl, where `tests.faults.workers` does the fault instead of `inject`
     damage     done to the run folder after the command
     volume     size of the file system that the case needs to have for itself; None: it needs none
     """
@@ -263,6 +263,14 @@ def _servers() -> list[Case]:
     return [case(fault, place) for fault, place in where]
 
 
+def _workers() -> list[Case]:
+    killed = [
+        Case("worker killed", place, _nothing, MISTAKE, "a worker died during", recipe="verl")
+        for place in workers.PLACES
+    ]
+    return [*killed, Case("worker stopped", "rollout", _nothing, MISTAKE, "in time", recipe="verl")]
+
+
 def _ignore(value: Any) -> None:
     """For expressions that are called for what they do."""
 
@@ -298,4 +306,5 @@ def all_cases() -> list[Case]:
         *_clocks(),
         *_damages(),
         *_servers(),
+        *_workers(),
     ]

@@ -28,7 +28,7 @@ from safetensors import safe_open
 from dare import api, cli, exports
 from dare.core.errors import DareError
 from dare.training.checkpoint import list_checkpoints, read_state
-from tests.faults import faults, servers
+from tests.faults import faults, servers, workers
 from tests.faults.cases import KILLED, Case
 from tests.faults.places import STRUCK
 
@@ -70,10 +70,10 @@ class Outcome:
 
 
 class Matrix:
-    """Cases share the runs that nothing happened to."""
+    """Cases share the runs that nothing happened to. verl_python: an interpreter that has verl; None: there is none."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, verl_python: Path | None = None) -> None:
+        self.folder, self.verl_python = folder, verl_python
         torch.set_num_threads(1)
         for name, recipe in RECIPES.items():
             (folder / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
@@ -91,6 +91,15 @@ class Matrix:
         with servers.serving(checkpoint, self.port, self.folder):
             api.train(self.folder / "remote.yaml", self.folder / "remote" / "run")
 
+    def _prepare_verl(self) -> None:
+        if (self.folder / "verl").exists():
+            return
+        recipe = {**RECIPES["rl"], "name": "verl", **workers.OPTIONS}
+        (self.folder / "verl.yaml").write_text(yaml.safe_dump(recipe))
+        code, text = self._command(self.folder / "verl", "verl", "run")
+        if code != 0:
+            raise RuntimeError(f"the run on workers that nothing happened to ended with {code}: {text[-300:]}")
+
     def _server(self, case: Case, place: Path) -> AbstractContextManager[None]:
         """A new server for a command, if it needs one."""
         if case.recipe != "remote":
@@ -101,6 +110,10 @@ class Matrix:
         """The outcome of a case, found out by a process of its own."""
         if case.recipe == "remote":
             self._prepare_remote()
+        if case.recipe == "verl" and self.verl_python is None:
+            return Outcome(case, None, "needs verl: --verl-python", [], 0.0, is_skipped=True)
+        if case.recipe == "verl":
+            self._prepare_verl()
         place = self.folder / "case"
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir()
@@ -117,7 +130,8 @@ class Matrix:
             report.write_text(json.dumps(self._examine(case, place)))
             return 0
 
-        code = _wait(_fork(work, self.folder / "case.txt"))
+        limit = 3 * workers.LIMIT_S if case.recipe == "verl" else _LIMIT_S
+        code = _wait(_fork(work, self.folder / "case.txt"), limit)
         STRUCK.unlink(missing_ok=True)
         found = json.loads(report.read_text()) if report.exists() else {"problems": [f"the case ended with {code}"]}
         return Outcome(
@@ -139,7 +153,8 @@ class Matrix:
         def command(before: Callable[[], None] | None = None) -> tuple[int | None, str]:
             if is_export:
                 return self._export(self.folder / "rl" / "run", place / "export", before)
-            return self._command(place, case.recipe, "run", case.options, before)
+            fault = (str(STRUCK), case.fault, case.place) if before is not None and case.recipe == "verl" else None
+            return self._command(place, case.recipe, "run", case.options, before, fault)
 
         start = time.monotonic()
         with self._server(case, place):
@@ -150,6 +165,8 @@ class Matrix:
         problems += _message_problems(case, text)
         if case.recipe == "remote" and f"http://127.0.0.1:{self.port}" not in text:
             problems.append("does not name the server")
+        if case.recipe == "verl" and workers.survivors(STRUCK):
+            problems.append("a worker is left")
         if os.path.ismount(place) and case.fault == "read-only folder":
             faults.unmount(place)
         (place / faults.BALLAST).unlink(missing_ok=True)
@@ -176,9 +193,15 @@ class Matrix:
         out: str,
         options: tuple[str, ...] = (),
         before: Callable[[], None] | None = None,
+        worker_fault: tuple[str, str, str] | None = None,
     ) -> tuple[int | None, str]:
         arguments = ["train", str(self.folder / f"{recipe}.yaml"), *options]
-        return self._dare([*arguments, "--out", str(folder / out), "--resume", "auto", "--quiet"], before)
+        arguments += ["--out", str(folder / out), "--resume", "auto", "--quiet"]
+        if recipe == "verl" and self.verl_python is not None:
+            output = self.folder / "output.txt"
+            code = workers.run(self.verl_python, arguments, output, worker_fault)
+            return code, output.read_text(errors="replace")
+        return self._dare(arguments, before)
 
     def _export(self, run: Path, to: Path, before: Callable[[], None] | None = None) -> tuple[int | None, str]:
         return self._dare(["export", str(run), "--to", str(to)], before)
@@ -222,9 +245,9 @@ def _fork(work: Callable[[], int], output: Path) -> int:
         os._exit(code)
 
 
-def _wait(child: int) -> int | None:
+def _wait(child: int, limit: float = _LIMIT_S) -> int | None:
     """How the child ended: its exit code, or minus the signal; None if it had to be killed."""
-    end = time.monotonic() + _LIMIT_S
+    end = time.monotonic() + limit
     while time.monotonic() < end:
         pid, status = os.waitpid(child, os.WNOHANG)
         if pid:
