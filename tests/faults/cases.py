@@ -264,11 +264,11 @@ def _servers() -> list[Case]:
 
 
 def _workers() -> list[Case]:
-    killed = [
+    """A worker that is stopped instead is in tests/scale/test_faults.py."""
+    return [
         Case("worker killed", place, _nothing, MISTAKE, "a worker died during", recipe="verl")
         for place in workers.PLACES
     ]
-    return [*killed, Case("worker stopped", "rollout", _nothing, MISTAKE, "in time", recipe="verl")]
 
 
 def _ignore(value: Any) -> None:

@@ -1,4 +1,4 @@
-"""Runs on verl workers, of which one is killed or stopped. Ray does not survive a fork, so these commands are processes
+"""Runs on verl workers, of which one is killed. Ray does not survive a fork, so these commands are processes
 of an interpreter that has verl:
 
 python -m tests.faults.workers STRUCK FAULT PLACE TRAIN_ARGUMENTS...
@@ -19,7 +19,7 @@ from tests.faults import places
 from tests.faults.places import Place, strike
 
 ROOT = Path(__file__).parents[2]
-FAULTS = {"worker killed": signal.SIGKILL, "worker stopped": signal.SIGSTOP}
+FAULTS = {"worker killed": signal.SIGKILL}
 _EACH = "dare.executors.verl.workers:_OnRay.each"
 PLACES = {
     "rollout": Place(_EACH, "step 2, rollout"),
