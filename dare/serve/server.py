@@ -104,9 +104,10 @@ async def serve(
         await _until_stopped(service, serving, stop)
         service.scheduler.drain()
         await _until_idle(service, hurry)
-        await asyncio.to_thread(service.close)
+        await asyncio.to_thread(service.scheduler.stop)
         server.should_exit = True
-        await serving
+        await serving  # what the engine has finished still becomes text
+        await asyncio.to_thread(service.close)
 
 
 async def _until_stopped(service: Service, serving: asyncio.Task[None], stop: asyncio.Event) -> None:

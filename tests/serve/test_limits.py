@@ -225,8 +225,18 @@ def test_a_stalled_client_is_dropped() -> None:
     assert aborted == [True]
 
 
-def test_draining_finishes_what_runs_and_refuses_what_comes(models: dict[str, Model]) -> None:
+def test_draining_finishes_what_runs_and_refuses_what_comes(
+    models: dict[str, Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the engine is done long before an answer is text."""
     with running(models["sdar"]) as server:
+        text = server.service.text
+
+        async def slow_text(work: Callable[[], Any]) -> Any:
+            await asyncio.sleep(0.1)
+            return await text(work)
+
+        monkeypatch.setattr(server.service, "text", slow_text)
         results: list[Any] = []
         client = threading.Thread(target=lambda: results.append(server.ask("/v1/completions", LONG)))
         client.start()
