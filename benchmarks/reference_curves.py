@@ -2,8 +2,9 @@
 
     python benchmarks/reference_curves.py llada_tracerl llada_wd1 --start runs/demo/sft --out runs/reference
 
-Trains each recipe with seed 0 from the checkpoint `--start` (the run of recipes/tiny/FAMILY_sft.yaml, seed 0), on one
-thread, and writes its held-out evaluations to benchmarks/results/reference/NAME.json. Resumes what is unfinished.
+Trains each recipe with seed 0 on one thread, those that continue a model from the checkpoint `--start` (the run of
+recipes/tiny/FAMILY_sft.yaml, seed 0), and writes its held-out evaluations to benchmarks/results/reference/NAME.json.
+Resumes what is unfinished.
 """
 
 from __future__ import annotations
@@ -25,10 +26,19 @@ KEYS = ("step", "task", "split", "num", "num_solved", "solve_rate", "low", "high
 KEYS += ("completion_length", "nfe", "tokens_per_forward", "eos_rate")
 
 
+def recipe_file(stem: str) -> Path:
+    return ROOT / "recipes" / "tiny" / f"{stem}.yaml"
+
+
+def is_continued(stem: str) -> bool:
+    """Whether the recipe starts from a checkpoint."""
+    return "path" in yaml.safe_load(recipe_file(stem).read_text())["model"]
+
+
 def train(stem: str, start: Path, out: Path) -> None:
     """Run the recipe to its end."""
-    recipe = ROOT / "recipes" / "tiny" / f"{stem}.yaml"
-    command = [sys.executable, "-m", "dare.cli", "train", str(recipe), f"seed={SEED}", f"model.path={start}"]
+    command = [sys.executable, "-m", "dare.cli", "train", str(recipe_file(stem)), f"seed={SEED}"]
+    command += [f"model.path={start}"] if is_continued(stem) else []
     command += ["--out", str(out), "--quiet", *(["--resume"] if out.exists() else [])]
     subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
 
@@ -38,11 +48,13 @@ def reference(stem: str, run: Path) -> tuple[str, dict[str, Any]]:
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     info = json.loads((run / "run.json").read_text())
     evaluations = [json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines()]
-    family = stem.partition("_")[0]
+    sft = f"dare train recipes/tiny/{stem.partition('_')[0]}_sft.yaml seed={SEED}"
+    origin = {"made_with": f"dare train recipes/tiny/{stem}.yaml seed={SEED}"}
+    if is_continued(stem):
+        origin = {"made_with": f"{origin['made_with']} model.path=START", "start": sft}
     return recipe["name"], {
         "label": f"the shipped run, seed {SEED}, one run on a shared 2-core CPU",
-        "made_with": f"dare train recipes/tiny/{stem}.yaml seed={SEED} model.path=START",
-        "start": f"dare train recipes/tiny/{family}_sft.yaml seed={SEED}",
+        **origin,
         "machine": info["machine"],
         "versions": info["versions"],
         "seconds": info["seconds"],
