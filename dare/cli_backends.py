@@ -81,6 +81,7 @@ def _run_apart(call: HarnessCall, *, is_json: bool) -> dict[str, Any]:
     import subprocess
 
     from dare.harness.environment import find_environment, requirements_of
+    from dare.harness.result import result_folder
     from dare.harness.server import served
 
     if call.preset is not None:
@@ -112,7 +113,7 @@ def _run_apart(call: HarnessCall, *, is_json: bool) -> dict[str, Any]:
         done = subprocess.run(command, stdout=subprocess.DEVNULL if is_json else None)
     if done.returncode != 0:
         raise typer.Exit(done.returncode)  # which has said why
-    return {task: read_json(out / Path(task).stem / "result.json", "the result") for task in call.tasks}
+    return {task: read_json(result_folder(out, task) / "result.json", "the result") for task in call.tasks}
 
 
 def _style(call: HarnessCall) -> str:

@@ -26,7 +26,7 @@ from dare.evals.presets import Planned
 from dare.harness.lm_model import DareLM
 from dare.harness.lm_tasks import benchmark_task
 from dare.harness.planning import OWN, lasting
-from dare.harness.result import Outcome, run_once
+from dare.harness.result import Outcome, result_folder, run_once
 from dare.sandbox.run import Sandbox
 
 _HARNESS = "lm_eval"
@@ -70,7 +70,7 @@ def run_lm_eval(
             "inputs_sha256": job.inputs,
         }
         results[job.name] = run_once(
-            out / Path(job.name).stem,
+            result_folder(out, job.name),
             _HARNESS,
             asked,
             backend.describe(),

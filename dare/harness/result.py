@@ -34,6 +34,11 @@ class Outcome:
     details: dict[str, Any]  # what else the harness says of its run
 
 
+def result_folder(out: Path, task: str) -> Path:
+    """Where a task's results are: under its name, that of its file without folder and suffix, no colon in it."""
+    return out / Path(task).stem.replace(":", "_")
+
+
 def run_once(
     folder: Path, harness: str, asked: Mapping[str, Any], model: Mapping[str, Any], evaluate: Callable[[], Outcome]
 ) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from dare.harness.compass.configuration import (
 )
 from dare.harness.compass.model import DareModel
 from dare.harness.planning import OWN, lasting
-from dare.harness.result import Outcome, run_once
+from dare.harness.result import Outcome, result_folder, run_once
 
 _HARNESS = "opencompass"
 _ABBR = "dare"
@@ -76,7 +76,7 @@ def run_opencompass(
             "prompt_hashes": {dataset["abbr"]: _prompt_hash(dataset) for dataset in job.datasets},
             "inputs_sha256": job.inputs,
         }
-        folder = out / Path(name).stem.replace(":", "_")
+        folder = result_folder(out, name)
         results[name] = run_once(folder, _HARNESS, asked, backend.describe(), partial(_evaluate, job, backend, folder))
         if on_result is not None:
             on_result(name, results[name])
